@@ -1,0 +1,236 @@
+"""Messages -> token ids and masks: one template, one tokenizer file, the same in every room.
+
+A message is `{"role": "user" | "assistant" | "system", "content": str | [part, ...]}` with parts
+`{"type": "image"}` and `{"type": "text", "text": str}`. Needs `tokenizers` and `jinja2`, never torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from vlm.errors import CheckpointError, UserError
+
+Message: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatSpec:
+    """The ids and template a checkpoint was trained with; copied into every artefact."""
+
+    template: str
+    image_token: str
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token: str = ""
+    eos_token: str = ""
+
+    @property
+    def template_sha256(self) -> str:
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> ChatSpec:
+        return ChatSpec(**{**value, "eos_token_ids": tuple(value["eos_token_ids"])})
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids of a whole conversation and one span name per token.
+
+    Attributes:
+        spans: per token one of `image`, `instruction` (the user's own words), `response` (what the model must
+            produce, end-of-turn token included), `template` (everything else).
+    """
+
+    ids: tuple[int, ...]
+    spans: tuple[str, ...]
+
+
+def user_message(question: str, images: int = 1) -> Message:
+    """The form every checkpoint here is trained on: the images, a line break, the question."""
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": f"\n{question}" if images else question}]}
+
+
+class ChatTokenizer:
+    """A `tokenizer.json` and a chat template, with image placeholders expanded to the tower's token count."""
+
+    def __init__(self, tokenizer_json: Path, spec: ChatSpec, tokens_per_image: int) -> None:
+        from tokenizers import Tokenizer
+
+        self.spec = spec
+        self.tokens_per_image = tokens_per_image
+        self.tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        self.special_ids = frozenset(
+            token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Template text with one image token per image (not yet expanded).
+
+        Raises:
+            UserError: a text part holds the reserved image token, which would be taken for an image.
+        """
+        for message in messages:
+            for text in _texts(message):
+                if self.spec.image_token in text:
+                    raise UserError(f"the text contains the reserved token {self.spec.image_token!r}; remove it")
+        return _template(self.spec.template).render(
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self.spec.bos_token,
+            eos_token=self.spec.eos_token,
+        )
+
+    def expand(self, rendered: str) -> str:
+        """Repeat each image token so that it covers the visual tokens of one image."""
+        return rendered.replace(self.spec.image_token, self.spec.image_token * self.tokens_per_image)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to and including the header the model answers after."""
+        text = self.expand(self.render(messages, add_generation_prompt=True))
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def conversation(self, messages: Sequence[Message]) -> Conversation:
+        """Ids and spans of a training conversation; every assistant turn is a response span.
+
+        Prompt and response pieces are tokenised apart, as they are when the model generates.
+
+        Raises:
+            UserError: the template rewrites earlier turns, so a response cannot be located.
+        """
+        ids: list[int] = []
+        spans: list[str] = []
+        done = ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.render(messages[:turn], add_generation_prompt=True)
+            full = self.render(messages[: turn + 1], add_generation_prompt=False)
+            if not prompt.startswith(done) or not full.startswith(prompt):
+                raise UserError("the chat template changes earlier turns; train on one question and answer per sample")
+            texts = [text for m in messages[:turn] if m["role"] == "user" for text in _texts(m)]
+            self._add_prompt(prompt, len(done), texts, ids, spans)
+            self._add_response(full[len(prompt) :], ids, spans)
+            done = full
+        return Conversation(tuple(ids), tuple(spans))
+
+    def _add_prompt(self, prompt: str, start: int, texts: list[str], ids: list[int], spans: list[str]) -> None:
+        piece = self.expand(prompt[start:])
+        regions: list[tuple[int, int]] = []
+        cursor = 0
+        for text in texts:
+            stripped = text.strip()
+            at = piece.find(stripped, cursor)
+            if at >= 0 and stripped:  # a text of an earlier turn lies before this piece
+                regions.append((at, at + len(stripped)))
+                cursor = at + len(stripped)
+        encoding = self.tokenizer.encode(piece, add_special_tokens=False)
+        for token_id, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
+            ids.append(token_id)
+            if token_id == self.spec.image_token_id:
+                spans.append("image")
+            elif token_id not in self.special_ids and any(left < b and right > a for a, b in regions):
+                spans.append("instruction")
+            else:
+                spans.append("template")
+
+    def _add_response(self, piece: str, ids: list[int], spans: list[str]) -> None:
+        ended = False
+        for token_id in self.tokenizer.encode(piece, add_special_tokens=False).ids:
+            ids.append(token_id)
+            spans.append("template" if ended else "response")
+            ended = ended or token_id in self.spec.eos_token_ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _texts(message: Message) -> list[str]:
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+@functools.lru_cache(maxsize=8)
+def _template(source: str) -> Any:
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    # training-only markers of the Hugging Face dialect: they print nothing
+    return environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+
+
+def spec_from_checkpoint(directory: Path) -> ChatSpec:
+    """Read template and special tokens from a Hugging Face checkpoint directory.
+
+    Raises:
+        CheckpointError: tokenizer, template or image token is missing.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    settings = json.loads(_need(directory / "tokenizer_config.json").read_text())
+    template_file = directory / "chat_template.jinja"
+    template = template_file.read_text() if template_file.is_file() else settings.get("chat_template")
+    if not template:
+        raise CheckpointError(f"{directory} has no chat template (chat_template.jinja); save the processor with one")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(_need(directory / "tokenizer.json")))
+    image_id = config.get("image_token_id", config.get("image_token_index"))
+    image_token = tokenizer.id_to_token(image_id) if image_id is not None else None
+    if image_token is None:
+        raise CheckpointError(f"{directory}/config.json: image_token_id {image_id!r} is not in the tokenizer")
+    eos_token = _token_text(settings.get("eos_token"))
+    pad_token = _token_text(settings.get("pad_token")) or eos_token
+    eos_ids = _eos_ids(directory, config, tokenizer.token_to_id(eos_token))
+    pad_id = tokenizer.token_to_id(pad_token)
+    return ChatSpec(
+        template=template,
+        image_token=image_token,
+        image_token_id=int(image_id),
+        eos_token_ids=eos_ids,
+        pad_token_id=eos_ids[0] if pad_id is None else int(pad_id),
+        bos_token=_token_text(settings.get("bos_token")),
+        eos_token=eos_token,
+    )
+
+
+def _eos_ids(directory: Path, config: dict[str, Any], tokenizer_eos: int | None) -> tuple[int, ...]:
+    generation = directory / "generation_config.json"
+    declared = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    if declared is None:
+        declared = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    ids = declared if isinstance(declared, list) else [declared]
+    ordered = [i for i in [tokenizer_eos, *ids] if i is not None]
+    if not ordered:
+        raise CheckpointError(f"{directory} names no end-of-sequence token; set eos_token_id in generation_config.json")
+    return tuple(dict.fromkeys(int(i) for i in ordered))
+
+
+def _token_text(value: object) -> str:
+    if isinstance(value, dict):
+        return str(value.get("content", ""))
+    return str(value) if value else ""
+
+
+def _need(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; save the processor next to the model with save_pretrained")
+    return path
+
+
+def tokenizer_from_checkpoint(directory: Path, tokens_per_image: int) -> ChatTokenizer:
+    return ChatTokenizer(directory / "tokenizer.json", spec_from_checkpoint(directory), tokens_per_image)

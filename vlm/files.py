@@ -1,0 +1,93 @@
+"""Hashes and atomic writes. Stdlib only: a board that only verifies needs nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlm.errors import UserError
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_chunks(path)
+
+
+def _sha256_chunks(path: Path) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a whole file or nothing: temporary name in the same folder, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_dir(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `target`; on success it becomes `target`, on any failure it vanishes.
+
+    A directory left by a killed process (`.NAME.partial-*`) never carries the final name and is removed by the
+    next call for the same target.
+    """
+    parent = target.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for stale in parent.glob(f".{target.name}.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {parent}: {error.strerror}; choose another folder with --out") from error
+    try:
+        yield work
+        _publish(work, target)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+            raise UserError(
+                f"disk full while writing {target}; free space or choose another folder with --out"
+            ) from error
+        raise
+
+
+def _publish(work: Path, target: Path) -> None:
+    for path in sorted(work.rglob("*")):
+        if path.is_file():
+            fsync_path(path)
+    os.chmod(work, 0o755)
+    retired: Path | None = None
+    if target.exists():
+        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-old-", dir=target.resolve().parent))
+        os.replace(target, retired / "old")
+    os.replace(work, target)
+    fsync_path(target.resolve().parent)
+    if retired is not None:
+        shutil.rmtree(retired, ignore_errors=True)

@@ -1,0 +1,112 @@
+"""Checkpoint directory -> what is needed to train, export or run it. Torch is imported inside functions only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm import chat, preprocess
+from vlm.errors import CheckpointError
+from vlm.files import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+PROVENANCE = "vlm.json"
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face LLaVA directory, checked; weights are not loaded yet."""
+
+    directory: Path
+    config: dict[str, Any]
+    image: preprocess.ImageSpec
+    tokenizer: chat.ChatTokenizer
+    weights: tuple[Path, ...]
+    provenance: dict[str, Any]
+
+    def weights_sha256(self) -> str:
+        """Hash of the weights: of the file, or of the shard hashes in name order."""
+        hashes = [sha256_file(path) for path in self.weights]
+        if len(hashes) == 1:
+            return hashes[0]
+        import hashlib
+
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Check that `directory` holds a LLaVA-type checkpoint and read everything but the weights.
+
+    Raises:
+        CheckpointError: says which file is missing or which model type was found.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; train a student with `python -m distill`")
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json; point at a directory saved with save_pretrained")
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except json.JSONDecodeError:
+        raise CheckpointError(f"{directory}/config.json is not valid JSON; save the checkpoint again") from None
+    if config.get("model_type") != "llava":
+        raise CheckpointError(
+            f"{directory} is a {config.get('model_type')!r} model; this command takes LLaVA checkpoints"
+        )
+    weights = tuple(sorted(directory.glob("*.safetensors")))
+    if not weights:
+        raise CheckpointError(f"{directory} has no weights (*.safetensors); train again or copy the whole directory")
+    image = preprocess.spec_from_checkpoint(directory)
+    provenance_file = directory / PROVENANCE
+    provenance = json.loads(provenance_file.read_text()) if provenance_file.is_file() else {}
+    tokenizer = chat.tokenizer_from_checkpoint(directory, image.tokens)
+    return Checkpoint(directory, config, image, tokenizer, weights, provenance)
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: str = "float32", attention: str = "sdpa"
+) -> LlavaForConditionalGeneration:
+    """Load the weights for inference (eval mode, no gradients needed is up to the caller).
+
+    Raises:
+        CheckpointError: the weights are damaged or do not fit the configuration.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import LlavaForConditionalGeneration
+
+    try:
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint.directory,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.directory}: weights cannot be loaded ({str(error).splitlines()[0]})"
+        ) from error
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.directory}: weights lack {sorted(info['missing_keys'])[0]}; save them again"
+        )
+    return model.eval()
+
+
+def newest_run(runs: Path = RUNS) -> Path:
+    """The student directory of the run that finished last.
+
+    Raises:
+        CheckpointError: no finished run.
+    """
+    finished = [path.parent for path in runs.glob(f"*/student/{PROVENANCE}")]
+    if not finished:
+        raise CheckpointError(
+            f"no finished run under {runs}/; train one with `python -m distill` or pass --student DIR"
+        )
+    return max(finished, key=lambda directory: (directory / PROVENANCE).stat().st_mtime_ns)

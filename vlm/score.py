@@ -1,0 +1,38 @@
+"""Task scorers and intervals. Pure functions; NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """Equal after collapsing white space and case."""
+    return " ".join(prediction.split()).casefold() == " ".join(answer.split()).casefold()
+
+
+def bootstrap_interval(
+    scores: Sequence[float], level: float = 0.95, rounds: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of per-sample scores.
+
+    Raises:
+        ValueError: `scores` is empty.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("no scores")
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, values.size, (rounds, values.size))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference_interval(
+    before: Sequence[float], after: Sequence[float], level: float = 0.95, rounds: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of mean(after - before) over the same samples."""
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} scores before, {len(after)} after")
+    return bootstrap_interval([b - a for a, b in zip(before, after, strict=True)], level, rounds, seed)
