@@ -1,0 +1,43 @@
+"""Options of `runtime.load`, passed whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from vlm.errors import UserError
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is put on this machine; the same defaults for every backend, so that they compare.
+
+    Attributes:
+        threads: CPU threads of the model. One, because small decoders do not gain from more and llama.cpp loses
+            badly when cores are shared.
+        context: upper limit on the context in tokens; memory for it is taken at load by some backends.
+        queue_size: requests that may wait while one runs.
+    """
+
+    threads: int = 1
+    device: Device = "cpu"
+    context: int = 4096
+    queue_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "context", "queue_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.device not in get_args(Device):
+            raise UserError(f"device is {self.device!r}; known: {', '.join(get_args(Device))}")
+
+
+def options_from(values: dict[str, Any]) -> LoadOptions:
+    """Keyword arguments -> LoadOptions; an unknown name is an error, not ignored."""
+    known = [f.name for f in dataclasses.fields(LoadOptions)]
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
+    return LoadOptions(**values)
