@@ -67,7 +67,7 @@ class FakeBackend:
                 if isinstance(part, str):
                     ids += part.encode()
                 else:
-                    assert isinstance(part, Image)  # noqa: S101 - the engine's promise
+                    assert isinstance(part, Image)
                     ids += [END] * IMAGE_TOKENS
                     images.append(PreparedImage(part.digest, None))
         reply = self.script.reply

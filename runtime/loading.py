@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from runtime.api import Backend
 from runtime.engine import Engine
 from runtime.options import LoadOptions, options_from
 from vlm.errors import UserError
+from vlm.manifest import NAME, read_manifest
 
 BACKENDS = ("torch", "onnx", "gguf", "tensorrt", "fake")
 
@@ -32,13 +32,36 @@ def load(artifact: str | Path, backend: str = "auto", **options: Any) -> Engine:
         raise UserError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     if backend == "fake":
         return Engine(_fake(Path(artifact)), queue_size=chosen.queue_size)
-    raise UserError(f"backend {backend!r} is not available yet")
+    return Engine(_open(Path(artifact), backend, chosen), queue_size=chosen.queue_size)
+
+
+def _open(root: Path, backend: str, options: LoadOptions) -> Backend:
+    if not root.is_dir():
+        raise UserError(f"{root} is not a directory; name an artefact or a checkpoint directory")
+    is_artifact = (root / NAME).is_file()
+    if backend == "torch" or (backend == "auto" and not is_artifact and (root / "config.json").is_file()):
+        if is_artifact:
+            raise UserError(f"{root} is an artefact, backend torch runs checkpoints; use `--backend auto`")
+        from runtime.backend_torch import open_torch
+
+        return open_torch(root, options)
+    manifest = read_manifest(root)
+    if backend not in ("auto", manifest.format):
+        raise UserError(f"{root} has format {manifest.format!r}, backend {backend!r} cannot run it; use `auto`")
+    if manifest.format == "onnx":
+        from runtime.backend_onnx import open_onnx
+
+        return open_onnx(root, options, manifest)
+    if manifest.format == "gguf":
+        from runtime.backend_gguf import open_gguf
+
+        return open_gguf(root, options, manifest)
+    from runtime.backend_tensorrt import open_tensorrt
+
+    return open_tensorrt(root, options, manifest)
 
 
 def _fake(artifact: Path) -> Backend:
     from runtime.backend_fake import FakeBackend
 
     return FakeBackend(name=artifact.name)
-
-
-Opener = Callable[[Path, LoadOptions], Backend]

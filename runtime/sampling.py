@@ -12,10 +12,11 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._rng = np.random.default_rng(sampling.seed)
+        # greedy requests do not pay for seeding: it takes milliseconds the first time
+        self._rng = None if sampling.greedy else np.random.default_rng(sampling.seed)
 
     def __call__(self, logits_V: Logits) -> int:
-        if self._sampling.greedy:
+        if self._rng is None:
             return int(np.argmax(logits_V))
         scaled_V = logits_V.astype(np.float64) / self._sampling.temperature
         order_V = np.argsort(-scaled_V, kind="stable")

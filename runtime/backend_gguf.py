@@ -1,0 +1,212 @@
+"""llama.cpp through llama-cpp-python's low-level bindings: text GGUF and mmproj, one step at a time.
+
+The chat handler of that package is not used: it clears the context and encodes the image again on every call. Token
+ids come from the artefact's own tokenizer, so that every backend sees the same prompt. Keys and values are float32
+and flash attention is off, so that answers equal PyTorch's.
+Shape legend: S = image side, T = visual tokens, D = hidden, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as Pillow
+
+from runtime.api import Logits, Message, Prefilled, PreparedImage, Prompt
+from runtime.options import LoadOptions
+from runtime.source import Source, need_package, open_artifact
+from vlm import preprocess
+from vlm.errors import ArtifactError, MissingPiece
+from vlm.manifest import Manifest
+from vlm.preprocess import ImageSpec
+
+BATCH = 512
+_log_callback: Any = None  # llama.cpp keeps a bare pointer to it: it must outlive every model
+
+
+class GgufBackend:
+    """Owns a llama model, its context and the multimodal context; frees them in `close`."""
+
+    def __init__(self, source: Source, options: LoadOptions) -> None:
+        import llama_cpp
+        from llama_cpp import mtmd_cpp
+
+        self._llama, self._mtmd = llama_cpp, mtmd_cpp
+        self._source = source
+        self._model: Any = None
+        self._context: Any = None
+        self._vision: Any = None
+        self._width = 0
+        self.info = source.info("gguf", options)
+        _silence(llama_cpp, mtmd_cpp)
+        llama_cpp.llama_backend_init()
+        try:
+            self._open(options)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, options: LoadOptions) -> None:
+        llama, path = self._llama, self._source.path_of("text_gguf")
+        model_params = llama.llama_model_default_params()
+        model_params.n_gpu_layers = -1 if options.device == "cuda" else 0
+        self._model = llama.llama_model_load_from_file(str(path).encode(), model_params)
+        if not self._model:
+            raise ArtifactError(f"{path} cannot be loaded by llama.cpp; export again")
+        vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        if vocab != self.info.vocab_size:
+            raise ArtifactError(f"{path} has {vocab} tokens, the manifest says {self.info.vocab_size}; export again")
+        params = llama.llama_context_default_params()
+        params.n_ctx = self.info.context_length
+        params.n_batch = params.n_ubatch = min(BATCH, self.info.context_length)
+        params.n_threads = params.n_threads_batch = options.threads
+        params.type_k = params.type_v = llama.GGML_TYPE_F32
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.offload_kqv = params.op_offload = options.device == "cuda"
+        self._context = llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise ArtifactError(f"{path}: llama.cpp made no context of {self.info.context_length} tokens; lower it")
+        self._width = llama.llama_model_n_embd(self._model)
+        mmproj = self._source.path_of("mmproj")
+        vision_params = self._mtmd.mtmd_context_params_default()
+        vision_params.use_gpu = options.device == "cuda"
+        vision_params.print_timings = vision_params.warmup = False
+        vision_params.n_threads = options.threads
+        vision_params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._vision = self._mtmd.mtmd_init_from_file(str(mmproj).encode(), self._model, vision_params)
+        if not self._vision:
+            raise ArtifactError(f"{mmproj} cannot be loaded by llama.cpp; export again")
+
+    def prepare(self, messages: Sequence[Message]) -> Prompt:
+        return self._source.prompt(messages, self._chunk)
+
+    def _chunk(self, image: Pillow.Image, spec: ImageSpec) -> _ImageChunk:
+        # handed over at S x S, so that llama.cpp's own resizing and padding never come into play
+        return _ImageChunk(self._mtmd, self._vision, preprocess.resize(image, spec), spec.tokens)
+
+    def encode(self, images: Sequence[PreparedImage]) -> list[Any]:
+        features = []
+        for image in images:
+            if self._mtmd.mtmd_encode_chunk(self._vision, image.pixels.pointer):
+                raise RuntimeError("llama.cpp could not encode the image")
+            output = self._mtmd.mtmd_get_output_embd(self._vision)
+            tokens = self._source.image.tokens
+            features.append(np.ctypeslib.as_array(output, (tokens, self._width)).copy())
+        return features
+
+    def prefill(self, prompt: Prompt, embeds: Sequence[Any]) -> Prefilled:
+        llama = self._llama
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        starts, tokens, done = self._source.image_positions(prompt.ids), self._source.image.tokens, 0
+        for start, image, embeds_TD in zip(starts, prompt.images, embeds, strict=True):
+            self._decode(prompt.ids[done:start])
+            self._decode_image(image.pixels, embeds_TD, start)
+            done = start + tokens
+        self._decode(prompt.ids[done:])
+        return Prefilled(self._logits(), len(prompt.ids))
+
+    def step(self, token_id: int) -> Logits:
+        self._decode((token_id,))
+        return self._logits()
+
+    def _decode(self, ids: Sequence[int]) -> None:
+        for start in range(0, len(ids), BATCH):
+            piece = ids[start : start + BATCH]
+            array = (self._llama.llama_token * len(piece))(*piece)
+            if status := self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(array, len(piece))):
+                raise RuntimeError(f"llama_decode failed with status {status}")
+
+    def _decode_image(self, chunk: _ImageChunk, embeds_TD: Any, position: int) -> None:
+        after = self._llama.llama_pos()
+        status = self._mtmd.mtmd_helper_decode_image_chunk(
+            self._vision,
+            self._context,
+            chunk.pointer,
+            embeds_TD.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+            self._llama.llama_pos(position),
+            self._llama.llama_seq_id(0),
+            BATCH,
+            ctypes.byref(after),
+            self._mtmd.mtmd_helper_post_decode_callback(),
+            None,
+        )
+        if status or after.value != position + self._source.image.tokens:
+            raise RuntimeError(f"llama.cpp could not take in the image (status {status}, position {after.value})")
+
+    def _logits(self) -> Logits:
+        pointer = self._llama.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(pointer, (self.info.vocab_size,)).copy()
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._source.tokenizer.decode(ids)
+
+    def sync(self) -> None:
+        """Wait for queued work of llama.cpp's backend."""
+        self._llama.llama_synchronize(self._context)
+
+    def close(self) -> None:
+        if self._vision:
+            self._mtmd.mtmd_free(self._vision)
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._vision = self._context = self._model = None
+
+
+class _ImageChunk:
+    """One image as llama.cpp's multimodal library holds it: normalised, not yet encoded."""
+
+    def __init__(self, mtmd: Any, vision: Any, image: Pillow.Image, tokens: int) -> None:
+        self._mtmd = mtmd
+        self._chunks = mtmd.mtmd_input_chunks_init()
+        data = image.tobytes()
+        bitmap = mtmd.mtmd_bitmap_init(image.width, image.height, (ctypes.c_uint8 * len(data)).from_buffer_copy(data))
+        try:
+            marker = mtmd.mtmd_default_marker()
+            text = mtmd.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
+            bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+            status = mtmd.mtmd_tokenize(vision, self._chunks, ctypes.byref(text), bitmaps, 1)
+        finally:
+            mtmd.mtmd_bitmap_free(bitmap)
+        if status or mtmd.mtmd_input_chunks_size(self._chunks) != 1:
+            raise ArtifactError("the mmproj file wraps images in extra tokens; this runtime supports plain LLaVA only")
+        self.pointer = mtmd.mtmd_input_chunks_get(self._chunks, 0)
+        got = mtmd.mtmd_input_chunk_get_n_tokens(self.pointer)
+        if got != tokens:
+            raise ArtifactError(f"the mmproj file makes {got} tokens of an image, the manifest says {tokens}")
+
+    def __del__(self) -> None:
+        if self._chunks:
+            self._mtmd.mtmd_input_chunks_free(self._chunks)
+
+
+def _silence(llama_cpp: Any, mtmd_cpp: Any) -> None:
+    """Failures come back as return values; the library's log would only bury the answer."""
+    global _log_callback
+    if _log_callback is None:
+        _log_callback = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
+        llama_cpp.llama_log_set(_log_callback, None)
+        mtmd_cpp.mtmd_log_set(_log_callback, None)
+        mtmd_cpp.mtmd_helper_log_set(_log_callback, None)
+
+
+def open_gguf(root: Path, options: LoadOptions, manifest: Manifest) -> GgufBackend:
+    """Artefact of format `gguf` -> backend.
+
+    Raises:
+        ArtifactError: a file is missing, altered or not loadable. MissingPiece: no llama_cpp, or none with a GPU.
+    """
+    need_package("llama_cpp", "gguf")
+    import llama_cpp
+
+    if options.device == "cuda" and not llama_cpp.llama_supports_gpu_offload():
+        raise MissingPiece(
+            "this llama-cpp-python was built without CUDA; run "
+            "`CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-binary :all: llama-cpp-python`"
+        )
+    return GgufBackend(open_artifact(root, manifest), options)

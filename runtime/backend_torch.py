@@ -1,0 +1,125 @@
+"""PyTorch: a LLaVA checkpoint as Hugging Face loads it, float32, with a key-value cache and no `generate()`.
+
+Shape legend: N = images, C = 3, S = image side, T = visual tokens, L = prompt length, D = hidden, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.api import Logits, Message, Prefilled, PreparedImage, Prompt
+from runtime.options import LoadOptions
+from runtime.source import Source, need_package
+from vlm import preprocess
+from vlm.errors import MissingPiece
+from vlm.load import Checkpoint, load_model, open_checkpoint
+
+
+class TorchBackend:
+    """Reference for every other backend: same checkpoint, no conversion."""
+
+    def __init__(self, source: Source, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        import torch
+
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise MissingPiece("this PyTorch sees no CUDA device; run with `--device cpu`")
+        torch.set_num_threads(options.threads)
+        self._torch = torch
+        self._source = source
+        self._device = torch.device(options.device)
+        self._model = load_model(checkpoint).to(self._device).requires_grad_(False)
+        self._cache: Any = None
+        self.info = source.info("torch", options)
+
+    def prepare(self, messages: Sequence[Message]) -> Prompt:
+        return self._source.prompt(messages, preprocess.pixels)
+
+    def encode(self, images: Sequence[PreparedImage]) -> list[Any]:
+        with self._torch.inference_mode():
+            pixels_NCSS = self._torch.from_numpy(np.stack([image.pixels for image in images]))
+            features = self._model.get_image_features(pixel_values=pixels_NCSS.to(self._device)).pooler_output
+        return list(features)
+
+    def prefill(self, prompt: Prompt, embeds: Sequence[Any]) -> Prefilled:
+        from transformers import DynamicCache
+
+        with self._torch.inference_mode():
+            ids_1L = self._torch.tensor([prompt.ids], device=self._device)
+            embeds_1LD = self._model.get_input_embeddings()(ids_1L)
+            for start, embeds_TD in zip(self._source.image_positions(prompt.ids), embeds, strict=True):
+                embeds_1LD[0, start : start + len(embeds_TD)] = embeds_TD
+            self._cache = DynamicCache(config=self._model.config.get_text_config())
+            return Prefilled(self._run(embeds_1LD), len(prompt.ids))
+
+    def step(self, token_id: int) -> Logits:
+        with self._torch.inference_mode():
+            ids_11 = self._torch.tensor([[token_id]], device=self._device)
+            return self._run(self._model.get_input_embeddings()(ids_11))
+
+    def _run(self, embeds_1LD: Any) -> Logits:
+        hidden_1LD = self._model.model.language_model(
+            inputs_embeds=embeds_1LD, past_key_values=self._cache, use_cache=True
+        ).last_hidden_state
+        logits_V = self._model.lm_head(hidden_1LD[0, -1])
+        logits: Logits = logits_V.float().cpu().numpy()
+        return logits
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._source.tokenizer.decode(ids)
+
+    def sync(self) -> None:
+        if self._device.type == "cuda":
+            self._torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        self._model = self._cache = None
+
+
+def open_torch(root: Path, options: LoadOptions) -> TorchBackend:
+    """Checkpoint directory -> backend.
+
+    Raises:
+        CheckpointError: not a LLaVA checkpoint. MissingPiece: torch or transformers is not installed, or no GPU.
+    """
+    for package in ("tokenizers", "jinja2", "safetensors", "torch", "transformers"):
+        need_package(package, "torch")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar of its own would interleave with ours
+    checkpoint = open_checkpoint(root)
+    source = Source(
+        root=root,
+        image=checkpoint.image,
+        tokenizer=checkpoint.tokenizer,
+        model=_numbers(checkpoint),
+        precision="float32",
+        artifact_bytes=sum(path.stat().st_size for path in checkpoint.weights),
+        weights_sha256=checkpoint.weights_sha256(),
+    )
+    return TorchBackend(source, checkpoint, options)
+
+
+def _numbers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes for the profiler, from the configuration and the tensor shapes (no weights are read)."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True).get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    decoder = 0
+    for path in checkpoint.weights:
+        with safe_open(path, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if "language_model" in name and "embed_tokens" not in name and "lm_head" not in name:
+                    decoder += int(np.prod(tensors.get_slice(name).get_shape()))
+    return {
+        "vocab_size": text.vocab_size,
+        "context_length": text.max_position_embeddings,
+        "decoder_weight_bytes": 4 * decoder,
+        "lm_head_bytes": 4 * text.vocab_size * text.hidden_size,
+        "kv_bytes_per_token": 4 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim,
+    }

@@ -1,0 +1,127 @@
+"""argv -> one of the commands. Only parsing here; each command lives in its own module."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runtime.loading import BACKENDS
+from runtime.options import LoadOptions
+from vlm.console import Parser
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse and run; the return value is the exit code."""
+    arguments = parser().parse_args(argv)
+    command: Command = arguments.run
+    return command(arguments)
+
+
+def parser() -> Parser:
+    root = Parser(
+        prog="python -m runtime",
+        description="Run an exported student: ask it, time it, score it, see what this machine can run.",
+        epilog="example:\n  python -m runtime ask artifacts/student-onnx --image cat.png 'What is this?'",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    _ask(commands)
+    _profile(commands)
+    _eval(commands)
+    _doctor(commands)
+    return root
+
+
+def load_options(arguments: argparse.Namespace) -> LoadOptions:
+    return LoadOptions(arguments.threads, arguments.device, arguments.context)
+
+
+def _add(commands: argparse._SubParsersAction[Parser], name: str, text: str, example: str, run: Command) -> Parser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  python -m runtime {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return command
+
+
+def _loading(command: Parser) -> None:
+    defaults = LoadOptions()
+    command.add_argument("--backend", default="auto", help=f"auto (by format) or {', '.join(BACKENDS)}")
+    command.add_argument("--device", default=defaults.device, help="cpu or cuda (default: %(default)s)")
+    command.add_argument(
+        "--threads", type=int, default=defaults.threads, help="CPU threads, for every backend (default: %(default)s)"
+    )
+    command.add_argument(
+        "--context", type=int, default=defaults.context, help="upper limit on the context (default: %(default)s tokens)"
+    )
+
+
+def _ask(commands: argparse._SubParsersAction[Parser]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from runtime.ask import ask
+
+        return ask(arguments, load_options(arguments))
+
+    example = "ask artifacts/student-onnx --image cat.png 'What is this?'"
+    command = _add(commands, "ask", "Ask one question; the answer streams to stdout, timings to stderr.", example, run)
+    command.add_argument("artifact", metavar="ARTEFACT", help="artefact or checkpoint directory")
+    command.add_argument("question", help="what to ask")
+    command.add_argument("--image", type=Path, action="append", default=[], metavar="F", help="may be given repeatedly")
+    command.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
+    command.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    command.add_argument("--deadline", type=float, metavar="S", help="end the answer after so many seconds")
+    _loading(command)
+
+
+def _profile(commands: argparse._SubParsersAction[Parser]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from runtime.profile_command import profile
+
+        return profile(arguments, load_options(arguments))
+
+    example = "profile artifacts/student-onnx artifacts/student-gguf --out profile.json"
+    command = _add(commands, "profile", "Time artefacts side by side, a different image per request.", example, run)
+    command.add_argument("artifacts", metavar="ARTEFACT", nargs="+", help="artefact or checkpoint directories")
+    command.add_argument("--out", type=Path, metavar="F", help="also write the JSON here")
+    command.add_argument("--requests", type=int, default=64, help="per artefact; p90 needs 64 (default: %(default)s)")
+    command.add_argument("--output-tokens", type=int, default=32, help="length of every answer (default: %(default)s)")
+    command.add_argument("--image", type=Path, metavar="F", help="noise goes over this photo (default: over digits)")
+    command.add_argument("--question", default="Read the top row.", help="(default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
+    _loading(command)
+
+
+def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from runtime.evaluate import evaluate
+
+        return evaluate(arguments, load_options(arguments))
+
+    example = "eval artifacts/student-gguf --task digits --samples 200"
+    command = _add(commands, "eval", "Score answers on images the student has not seen.", example, run)
+    command.add_argument("artifact", metavar="ARTEFACT", help="artefact or checkpoint directory")
+    command.add_argument("--task", default="digits", help="digits (default)")
+    command.add_argument("--samples", type=int, default=200, help="(default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="another set of test images (default: %(default)s)")
+    _loading(command)
+
+
+def _doctor(commands: argparse._SubParsersAction[Parser]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from runtime.doctor import doctor
+
+        return doctor(arguments)
+
+    _add(commands, "doctor", "What this machine can run, and the command that mends each gap.", "doctor", run)
