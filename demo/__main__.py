@@ -1,0 +1,154 @@
+"""`python -m demo`: choose models, load the first, serve the page until interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demo import catalogue, examples
+from demo.session import Engines
+from vlm.console import Parser, note, run_command
+from vlm.errors import MissingPiece, ToolError, UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to serve, and who may come in."""
+
+    host: str
+    port: int
+    auth: tuple[str, str] | None
+    share: bool
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    options = _options(arguments)
+    entries = catalogue.named(arguments.artifact) if arguments.artifact else catalogue.find()
+    engines = Engines(entries, _loader(arguments.backend))
+    try:
+        default = _load_first(engines)
+        with tempfile.TemporaryDirectory(prefix="align-edge-demo-") as folder:
+            _serve(engines, default, examples.write(Path(folder)), options)
+    finally:
+        engines.close()
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m demo",
+        description="Ask models about pictures in a browser and see where each answer's milliseconds went.",
+        epilog="example: python -m demo artifacts/student-onnx-int8 runs/first/student --port 7861",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "artifact",
+        nargs="*",
+        type=Path,
+        metavar="ARTEFACT",
+        help="artefact or checkpoint folder (default: all under artifacts/, and the newest student under runs/)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes a free one")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for a login; required beyond this machine")
+    parser.add_argument("--share", action="store_true", help="public link through Gradio's relay; requires --auth")
+    parser.add_argument("--backend", default="auto", help="run every model on this backend (default: by its format)")
+    return parser
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    auth: tuple[str, str] | None = None
+    if arguments.auth is not None:
+        user, _, password = str(arguments.auth).partition(":")
+        if not user or not password:
+            raise UserError("--auth needs both parts; write --auth user:password")
+        auth = (user, password)
+    if not 0 <= arguments.port <= 65535:
+        raise UserError(f"--port is {arguments.port}; give 1 to 65535, or 0 for a free one")
+    if auth is None and arguments.share:
+        raise UserError("--share puts the page on the internet; add --auth user:password")
+    if auth is None and not _is_loopback(arguments.host):
+        raise UserError(f"--host {arguments.host} lets other machines in; add --auth user:password")
+    return Options(arguments.host, arguments.port, auth, arguments.share)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _loader(backend: str) -> Any:
+    from runtime import load
+
+    return lambda path: load(path, backend=backend)
+
+
+def _load_first(engines: Engines) -> str:
+    """Load the first model that works, so that the page answers at once and a broken set-up is known before it opens."""
+    failure: ToolError | None = None
+    for key in engines.entries:
+        try:
+            note(f"loading {engines.entries[key].label}")
+            engines.use(key)
+            return key
+        except ToolError as error:
+            note(f"not loaded: {error.message}")
+            failure = error
+    assert failure is not None  # there is at least one entry
+    raise failure
+
+
+def _serve(engines: Engines, default: str, shown: tuple[examples.Example, ...], options: Options) -> None:
+    # set before the import: Gradio reads it then
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError:
+        raise MissingPiece("the demo needs gradio; run `pip install 'gradio>=6.20,<7'`") from None
+    from demo import app
+
+    del gradio
+    blocks = app.build(engines, shown, default)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    port = options.port or _free_port(options.host)
+    try:
+        _, local, public = blocks.launch(
+            server_name=options.host,
+            server_port=port,
+            auth=options.auth,
+            share=options.share,
+            **app.launch_options(),
+        )
+    except OSError as error:
+        raise UserError(f"cannot listen on {options.host}:{port} ({error}); choose another --port") from None
+    try:
+        print(f"demo ready at {public or local}", flush=True)
+        note("press Ctrl-C to end")
+        stop.wait()
+    finally:
+        blocks.close(verbose=False)
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    run_command(main)
