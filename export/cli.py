@@ -1,0 +1,183 @@
+"""The `python -m export` command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from export.options import PRECISIONS, TARGETS, ExportOptions, plan_runs
+from vlm.console import Parser, note, print_json, table
+from vlm.errors import GateFailed, MissingPiece, UserError
+from vlm.load import newest_run
+from vlm.manifest import check_files, file_entry, read_manifest, write_manifest
+
+EXAMPLE = """\
+examples:
+  python -m export --target onnx                     the newest student under runs/
+  python -m export --target gguf --student runs/digits/student --out artifacts/board
+  python -m export verify artifacts/board            replay the golden sample on this machine
+  python -m export build artifacts/digits-tensorrt   TensorRT engines, on the device
+"""
+
+
+def export_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m export",
+        description="Turn a student checkpoint into an artefact and measure it against PyTorch.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--target", choices=TARGETS, required=True)
+    parser.add_argument("--student", type=Path, help="checkpoint directory (default: newest finished run)")
+    parser.add_argument("--out", type=Path, help="artefact directory (default: artifacts/RUN-TARGET)")
+    offered = "; ".join(f"{target}: {', '.join(names)}" for target, names in PRECISIONS.items())
+    parser.add_argument("--precision", help=f"{offered} (default: the first; gguf writes both)")
+    parser.add_argument("--samples", type=int, default=200, help="unseen samples for the accuracy gate (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples drawn (default 0)")
+    parser.add_argument("--dry-run", action="store_true", help="check the student and sizes, write nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser
+
+
+def artefact_parser(command: str) -> argparse.ArgumentParser:
+    text = {
+        "verify": "Check hashes and replay the golden sample of an artefact on this machine.",
+        "build": "Build the TensorRT engines of an artefact on this device.",
+    }[command]
+    parser = Parser(
+        prog=f"python -m export {command}",
+        description=text,
+        epilog=f"example:\n  python -m export {command} artifacts/digits-{'onnx' if command == 'verify' else 'tensorrt'}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("artefact", type=Path)
+    if command == "build":
+        parser.add_argument("--force", action="store_true", help="build even if an engine is up to date")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Dispatch; errors leave as `vlm.errors.ToolError`, whose exit code the caller uses."""
+    if argv and argv[0] == "verify":
+        return run_verify(artefact_parser("verify").parse_args(argv[1:]))
+    if argv and argv[0] == "build":
+        return run_build(artefact_parser("build").parse_args(argv[1:]))
+    if argv and not argv[0].startswith("-"):
+        raise UserError(f"unknown command {argv[0]!r}; use verify, build or --target, see `python -m export --help`")
+    return run_export(export_parser().parse_args(argv))
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    student = arguments.student or newest_run()
+    runs = plan_runs(
+        arguments.target,
+        student,
+        arguments.out,
+        arguments.precision,
+        arguments.samples,
+        arguments.dry_run,
+        arguments.seed,
+    )
+    _quiet_libraries()
+    if arguments.dry_run:
+        return _dry_run(runs, arguments.json)
+    from export.artefact import export_all, next_step
+
+    results = export_all(runs)
+    if arguments.json:
+        first, *others = (r.to_json() for r in results)
+        print_json({**first, "student": str(student), "also": others})
+    else:
+        print(f"student {student}")
+        print(table(("artefact", "verified", "MB", "s", "logits", "tokens equal"), [_row(r) for r in results]))
+    if failed := next_step(results):
+        raise failed
+    if arguments.target == "tensorrt":
+        _build(runs[0].out, force=False)
+    return 0
+
+
+def _row(result: Any) -> tuple[str, ...]:
+    worst, scores = result.parity["worst"], result.accuracy
+    equal = f"{scores['tokens_equal']:.4f} of {scores['n']}" if scores["n"] else "not asked"
+    logits = f"{max(worst['prefill'], worst['decode']):.2e}"
+    verified = "yes" if result.verified else "NO"
+    return str(result.artefact), verified, f"{result.bytes / 1e6:.2f}", f"{result.seconds:.1f}", logits, equal
+
+
+def _dry_run(runs: list[ExportOptions], as_json: bool) -> int:
+    from export.artefact import estimate
+
+    found = [estimate(run) for run in runs]
+    if as_json:
+        print_json({**found[0], "verified": False, "also": found[1:]})
+    else:
+        print(table(("artefact", "MB"), [(f["artefact"], f"{f['bytes'] / 1e6:.2f}") for f in found]))
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    from export.verify import verify
+
+    _quiet_libraries()
+    report = verify(arguments.artefact)
+    if arguments.json:
+        print_json(report)
+    else:
+        print(f"{arguments.artefact}: {'verified' if report['verified'] else 'NOT verified'}")
+        for line in report["failures"]:
+            print(f"  {line}")
+        print(table(("measured", "value"), [(k, f"{v:.3g}") for k, v in report["measured"].items()]))
+    return 0 if report["verified"] else 1
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    engines = _build(arguments.artefact, arguments.force)
+    if arguments.json:
+        print_json({"artefact": str(arguments.artefact), "engines": engines})
+    else:
+        print("\n".join(engines))
+    return 0
+
+
+def _build(root: Path, force: bool) -> list[str]:
+    """Build engines and list them in the manifest.
+
+    Raises:
+        MissingPiece: TensorRT or a GPU is missing; says what to run where it is not.
+        GateFailed: TensorRT refused a graph.
+    """
+    from export import build_engine
+
+    manifest = read_manifest(root)
+    if manifest.format != "tensorrt":
+        raise UserError(f"{root} is a {manifest.format} artefact; engines are built from --target tensorrt")
+    kept = tuple(entry for entry in manifest.files if entry.role not in ("engine", "engine_key"))
+    check_files(root, dataclasses.replace(manifest, files=kept))
+    try:
+        engines = build_engine.build(root, force)
+    except build_engine.Missing as error:
+        note(f"graphs and plan are in {root}")
+        raise MissingPiece(
+            f"{error}; then copy {root} there and run `python -m export build {root}` "
+            f"(or `python {root / 'build_engine.py'}`, which needs nothing else)"
+        ) from None
+    except build_engine.BuildError as error:
+        raise GateFailed(str(error)) from error
+    added = [file_entry(root, path, "engine") for path in engines]
+    added += [file_entry(root, path.with_name(path.name + ".json"), "engine_key") for path in engines]
+    write_manifest(root, dataclasses.replace(manifest, files=(*kept, *added)))
+    return [str(path) for path in engines]
+
+
+def _quiet_libraries() -> None:
+    """Weight-loading bars and advice of the model library are not this command's progress."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,150 @@
+"""ONNX Runtime on the CPU for both graph layouts. Needs onnxruntime and NumPy, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from export.replay import F32, Prompt
+from vlm.errors import ArtifactError, MissingPiece
+from vlm.preprocess import ImageSpec, pixels
+
+
+def session(path: Path) -> Any:
+    """Open one graph on one CPU thread.
+
+    Raises:
+        ArtifactError: the file is not a graph ONNX Runtime can load.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingPiece("onnxruntime is missing; run `pip install onnxruntime`") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library raises many types without a common base
+        raise ArtifactError(f"{path} cannot be loaded by ONNX Runtime ({str(error).splitlines()[0]})") from None
+
+
+def merge_features(embeds_SH: npt.NDArray[Any], ids: tuple[int, ...], image_id: int, features_NH: F32) -> F32:
+    """Put visual tokens where the placeholders are."""
+    merged = np.array(embeds_SH)
+    merged[np.asarray(ids) == image_id] = features_NH
+    return merged
+
+
+class OnnxBackend:
+    """vision_encoder, embed_tokens and decoder_model_merged; cache [1, heads, positions, width]."""
+
+    def __init__(self, vision: Path, embed: Path, decoder: Path, image: ImageSpec, image_id: int) -> None:
+        self.image, self.image_id = image, image_id
+        self.vision, self.embed, self.decoder = session(vision), session(embed), session(decoder)
+        inputs = self.decoder.get_inputs()
+        self.past_names = [i.name for i in inputs if i.name.startswith("past_key_values.")]
+        self.past_shape = next(i.shape for i in inputs if i.name == self.past_names[0])
+        self.cache: list[F32] = []
+
+    def features(self, image: Image.Image) -> F32:
+        feed = {"pixel_values": pixels(image, self.image)[None]}
+        return np.asarray(self.vision.run(None, feed)[0][0], np.float32)
+
+    def embeddings(self, ids_BS: npt.NDArray[np.int64]) -> F32:
+        return np.asarray(self.embed.run(None, {"input_ids": ids_BS})[0], np.float32)
+
+    def run(
+        self, embeds_BSH: F32, mask_BT: npt.NDArray[np.int64], positions_BS: npt.NDArray[np.int64], keep: int
+    ) -> F32:
+        """One decoder call on the running cache; logits [B, keep or S, V]. An empty cache starts a sequence."""
+        if not self.cache:
+            shape = (embeds_BSH.shape[0], self.past_shape[1], 0, self.past_shape[3])
+            self.cache = [np.zeros(shape, np.float32) for _ in self.past_names]
+        logits, *self.cache = self.decoder.run(
+            None,
+            {
+                "inputs_embeds": embeds_BSH,
+                "attention_mask": mask_BT,
+                "position_ids": positions_BS,
+                "num_logits_to_keep": np.array(keep, np.int64),
+                **dict(zip(self.past_names, self.cache, strict=True)),
+            },
+        )
+        return np.asarray(logits, np.float32)
+
+    def prompt_embeddings(self, prompt: Prompt) -> F32:
+        embeds = self.embeddings(np.asarray([prompt.ids], np.int64))[0]
+        return merge_features(embeds, prompt.ids, self.image_id, self.features(prompt.image))[None]
+
+    def prefill(self, prompt: Prompt) -> F32:
+        return self.prefill_all(prompt, keep=1)[-1]
+
+    def prefill_all(self, prompt: Prompt, keep: int = 0) -> F32:
+        """Logits of the last `keep` prompt positions (0: all), [positions, V]."""
+        self.cache = []
+        length = len(prompt.ids)
+        mask, positions = np.ones((1, length), np.int64), np.arange(length, dtype=np.int64)[None]
+        return self.run(self.prompt_embeddings(prompt), mask, positions, keep)[0]
+
+    def step(self, token: int) -> F32:
+        past = self.cache[0].shape[2]
+        mask, positions = np.ones((1, past + 1), np.int64), np.array([[past]], np.int64)
+        return self.run(self.embeddings(np.array([[token]], np.int64)), mask, positions, keep=1)[0, -1]
+
+    def close(self) -> None:
+        self.cache = []
+
+
+class DeltaBackend:
+    """The TensorRT graphs on the CPU, driven as the device drives them: one buffer per tensor, rows appended.
+
+    Row 0 of the buffers is reserved and always masked, because an empty cache tensor is not portable.
+    """
+
+    def __init__(self, vision: Path, table: Path, decoder: Path, image: ImageSpec, image_id: int, context: int) -> None:
+        self.image, self.image_id = image, image_id
+        self.vision, self.decoder = session(vision), session(decoder)
+        self.table = np.load(table, mmap_mode="r")
+        pasts = [i for i in self.decoder.get_inputs() if i.name.startswith("past_")]
+        self.past_names = [i.name for i in pasts]
+        _, _, heads, width = pasts[0].shape
+        self.dtype: type[np.floating[Any]] = np.float16 if pasts[0].type == "tensor(float16)" else np.float32
+        self.buffers = [np.zeros((1, context + 1, heads, width), self.dtype) for _ in pasts]
+        self.length = 0
+
+    def features(self, image: Image.Image) -> F32:
+        feed = {"pixel_values": pixels(image, self.image)[None].astype(self.dtype)}
+        return np.asarray(self.vision.run(None, feed)[0][0], np.float32)
+
+    def _run(self, embeds_SH: npt.NDArray[Any]) -> F32:
+        new, past = embeds_SH.shape[0], self.length + 1
+        allowed = np.arange(past + new)[None, :] <= np.arange(past, past + new)[:, None]
+        allowed[:, 0] = False
+        bias = np.where(allowed, 0, np.finfo(self.dtype).min).astype(self.dtype)
+        feed = {
+            "inputs_embeds": embeds_SH[None].astype(self.dtype),
+            "position_ids": np.arange(self.length, self.length + new, dtype=np.int64)[None],
+            "attention_bias": bias[None, None],
+            **{n: b[:, :past] for n, b in zip(self.past_names, self.buffers, strict=True)},
+        }
+        logits, *rows = self.decoder.run(None, feed)
+        for buffer, row in zip(self.buffers, rows, strict=True):
+            buffer[:, past : past + new] = row
+        self.length += new
+        return np.asarray(logits[0, -1], np.float32)
+
+    def prefill(self, prompt: Prompt) -> F32:
+        self.length = 0
+        embeds = np.asarray(self.table[list(prompt.ids)])
+        return self._run(merge_features(embeds, prompt.ids, self.image_id, self.features(prompt.image)))
+
+    def step(self, token: int) -> F32:
+        return self._run(np.asarray(self.table[[token]]))
+
+    def close(self) -> None:
+        self.buffers = []

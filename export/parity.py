@@ -1,0 +1,167 @@
+"""Is the artefact the same function as the student? Every figure here is computed, and held against a tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.replay import F32, Backend, Prompt, forced_logits
+
+STEPS = 16
+TOP_K = 256
+FEATURE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits; logit differences are per unit of the reference logits' standard deviation.
+
+    A match of greedy tokens alone misses most real faults (swapped keys and values, a dropped vision block), so the
+    logits decide.
+
+    Attributes:
+        prefill: max |logit difference| after the prompt.
+        decode: the same over the teacher-forced steps.
+        top1: share of steps whose most likely token is the same.
+        kl: mean Kullback-Leibler divergence from PyTorch, nats.
+        cosine: of visual tokens, the worst one.
+        tokens_equal: share of samples with identical greedy answers; loose for quantised weights, whose answers are
+            held to `accuracy_drop` instead.
+        accuracy_drop: allowed loss of exact match on the student's own task, as a share of the samples.
+    """
+
+    prefill: float
+    decode: float
+    top1: float
+    kl: float
+    cosine: float
+    tokens_equal: float
+    accuracy_drop: float = 0.01
+
+
+# measured worst cases of correct exports lie two to ten times below; injected faults above (tests/export)
+GATES: dict[tuple[str, str], Gate] = {
+    ("onnx", "fp32"): Gate(3e-4, 3e-4, 1.0, 1e-6, 0.999999, 1.0),
+    ("tensorrt", "fp32"): Gate(3e-4, 3e-4, 1.0, 1e-6, 0.999999, 1.0),
+    ("tensorrt", "fp16"): Gate(0.03, 0.05, 0.94, 1e-4, 0.9999, 0.99),
+    ("gguf", "f16"): Gate(0.03, 0.05, 0.94, 1e-4, 0.9999, 0.99),
+    ("gguf", "q8_0"): Gate(0.3, 0.6, 0.88, 1e-3, 0.9999, 0.9),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and the tokens fed after it, whatever the model would have said."""
+
+    name: str
+    prompt: Prompt
+    forced: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What PyTorch gave for a case, cut down to what is worth storing in an artefact.
+
+    Attributes:
+        forced: tokens fed after the prompt.
+        top_ids, top_logits: the K most likely tokens of each step, [1 + steps, K].
+        spread: standard deviation of the logits over the vocabulary.
+        rows, features: some visual tokens, [R] and [R, hidden].
+    """
+
+    forced: npt.NDArray[np.int64]
+    top_ids: npt.NDArray[np.int64]
+    top_logits: F32
+    spread: float
+    rows: npt.NDArray[np.int64]
+    features: F32
+
+
+def expect(logits_SV: F32, features_NH: F32, forced: Sequence[int]) -> Expected:
+    count = min(TOP_K, logits_SV.shape[1])
+    order = np.argsort(-logits_SV, axis=1, kind="stable")[:, :count]
+    rows = np.unique(np.linspace(0, len(features_NH) - 1, min(FEATURE_ROWS, len(features_NH))).astype(np.int64))
+    return Expected(
+        forced=np.asarray(forced, np.int64),
+        top_ids=order.astype(np.int64),
+        top_logits=np.take_along_axis(logits_SV, order, axis=1),
+        spread=float(logits_SV.std()),
+        rows=rows,
+        features=features_NH[rows],
+    )
+
+
+def compare_logits(expected: Expected, logits_SV: F32) -> dict[str, float]:
+    """Differences of teacher-forced logits from what was expected; row 0 is the prefill."""
+    if not np.isfinite(logits_SV).all():
+        return {"prefill": float("inf"), "decode": float("inf"), "top1": 0.0, "kl": float("inf")}
+    got = np.take_along_axis(logits_SV, expected.top_ids, axis=1).astype(np.float64)
+    want = expected.top_logits.astype(np.float64)
+    worst_S = np.abs(got - want).max(axis=1) / max(expected.spread, 1e-9)
+    top1 = (logits_SV.argmax(axis=1) == expected.top_ids[:, 0]).mean()
+    want_log, got_log = _log_softmax(want), _log_softmax(got)
+    kl = (np.exp(want_log) * (want_log - got_log)).sum(axis=1).mean()
+    decode = float(worst_S[1:].max()) if len(worst_S) > 1 else 0.0
+    return {"prefill": float(worst_S[0]), "decode": decode, "top1": float(top1), "kl": float(max(kl, 0.0))}
+
+
+def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = x - x.max(axis=1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def compare_features(expected: F32, got: F32) -> dict[str, float]:
+    """Worst cosine and largest difference per unit of standard deviation over visual tokens [R, hidden]."""
+    if expected.shape != got.shape or not np.isfinite(got).all():
+        return {"cosine": -1.0, "max": float("inf")}
+    dot = (expected.astype(np.float64) * got).sum(axis=1)
+    norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(got, axis=1)
+    cosine = float((dot / np.maximum(norms, 1e-12)).min())
+    return {"cosine": cosine, "max": float(np.abs(expected - got).max() / max(float(expected.std()), 1e-9))}
+
+
+def replay_case(backend: Backend, prompt: Prompt, expected: Expected) -> dict[str, float]:
+    """Run one case and compare: keys prefill, decode, top1, kl, cosine, features."""
+    features = compare_features(expected.features, backend.features(prompt.image)[expected.rows])
+    logits = compare_logits(expected, forced_logits(backend, prompt, expected.forced.tolist()))
+    return {**logits, "cosine": features["cosine"], "features": features["max"]}
+
+
+def failures(name: str, measured: dict[str, float], gate: Gate) -> list[str]:
+    """One line per limit that `measured` breaks."""
+    found = [
+        f"{name}: {key} {measured[key]:.3g} is above {getattr(gate, key):.3g}"
+        for key in ("prefill", "decode", "kl")
+        if key in measured and not measured[key] <= getattr(gate, key)
+    ]
+    return found + [
+        f"{name}: {key} {measured[key]:.6g} is below {getattr(gate, key):.6g}"
+        for key in ("top1", "cosine", "tokens_equal")
+        if key in measured and not measured[key] >= getattr(gate, key)
+    ]
+
+
+def finite(value: Any) -> Any:
+    """Replace infinities, which JSON cannot hold, by a number no gate passes."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return 1e30 if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def report(gate: Gate, cases: dict[str, dict[str, float]], extra: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    """The manifest's `parity`: limits, every measurement, the worst of each kind, and what failed."""
+    worst = {
+        key: (min if key in ("top1", "cosine") else max)(case[key] for case in cases.values() if key in case)
+        for key in ("prefill", "decode", "top1", "kl", "cosine", "features")
+        if any(key in case for case in cases.values())
+    }
+    return dict(
+        finite({"gate": asdict(gate), "steps": STEPS, "worst": worst, "cases": cases, **extra, "failures": found})
+    )

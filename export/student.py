@@ -1,0 +1,124 @@
+"""A loaded student and the numbers every target needs about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlm.errors import CheckpointError
+from vlm.load import Checkpoint, load_model
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+DECODERS = ("qwen2", "qwen3", "llama")
+TOWERS = {"siglip_vision_model": "siglip", "clip_vision_model": "clip"}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sizes and variants, read from the configuration and checked against the tensors."""
+
+    decoder: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocab_size: int
+    context_length: int
+    tied: bool
+    tower: str
+    image_size: int
+    feature_layers: tuple[int, ...]
+    select: str
+
+    def kv_bytes_per_token(self, element_bytes: int) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
+
+
+@dataclass(frozen=True)
+class Student:
+    """A checkpoint with its weights in float32, evaluation mode, no gradients."""
+
+    checkpoint: Checkpoint
+    model: LlavaForConditionalGeneration
+    facts: Facts
+
+
+def open_student(checkpoint: Checkpoint) -> Student:
+    """Load and check a student.
+
+    Raises:
+        CheckpointError: weights that cannot be loaded, or an architecture no exporter here handles.
+    """
+    facts = read_facts(checkpoint)
+    model = load_model(checkpoint).requires_grad_(False)
+    head, table = model.lm_head.weight, model.model.language_model.embed_tokens.weight
+    if facts.tied and head.data_ptr() != table.data_ptr() and not bool((head == table).all()):
+        # published checkpoints exist whose config claims tying while the head differs
+        facts = Facts(**{**vars(facts), "tied": False})
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise CheckpointError(f"{checkpoint.directory}: some weights are not finite; train again")
+    return Student(checkpoint, model, facts)
+
+
+def read_facts(checkpoint: Checkpoint) -> Facts:
+    """Read sizes without loading weights.
+
+    Raises:
+        CheckpointError: names the setting that cannot be exported.
+    """
+    from optimum.utils import NormalizedTextConfigWithGQA, NormalizedVisionConfig
+    from transformers import LlavaConfig
+
+    config = LlavaConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    text, vision = NormalizedTextConfigWithGQA(config.text_config), NormalizedVisionConfig(config.vision_config)
+    layers = config.vision_feature_layer
+    facts = Facts(
+        decoder=config.text_config.model_type,
+        layers=text.num_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(config.text_config, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        hidden=text.hidden_size,
+        intermediate=config.text_config.intermediate_size,
+        vocab_size=text.vocab_size,
+        context_length=config.text_config.max_position_embeddings,
+        tied=bool(config.tie_word_embeddings),
+        tower=TOWERS.get(config.vision_config.model_type, config.vision_config.model_type),
+        image_size=vision.image_size,
+        feature_layers=(layers,) if isinstance(layers, int) else tuple(layers),
+        select=config.vision_feature_select_strategy,
+    )
+    _check(checkpoint, config, facts)
+    return facts
+
+
+def _check(checkpoint: Checkpoint, config: Any, facts: Facts) -> None:
+    where = f"{checkpoint.directory}/config.json"
+    if facts.decoder not in DECODERS:
+        raise CheckpointError(f"{where}: decoder {facts.decoder!r} cannot be exported; known: {', '.join(DECODERS)}")
+    if facts.tower not in TOWERS.values():
+        raise CheckpointError(f"{where}: tower {facts.tower!r} cannot be exported; known: siglip, clip")
+    rope = (config.text_config.rope_parameters or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise CheckpointError(f"{where}: rope_type {rope!r} cannot be exported; known: {', '.join(ROPE_TYPES)}")
+    kinds = set(getattr(config.text_config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise CheckpointError(f"{where}: layer types {sorted(kinds)} cannot be exported; only full attention")
+    depth = config.vision_config.num_hidden_layers
+    for layer in facts.feature_layers:
+        if layer == 0 or not -depth <= layer <= depth:
+            raise CheckpointError(f"{where}: vision_feature_layer {layer} is outside 1..{depth} and -{depth}..-1")
+    if facts.image_size != checkpoint.image.size:
+        raise CheckpointError(
+            f"{where}: the tower takes {facts.image_size} pixels, the processor makes {checkpoint.image.size}"
+        )
+
+
+def blocks_used(facts: Facts, depth: int) -> tuple[int, ...]:
+    """How many vision blocks run before each selected feature: hidden state 0 is the embedding output."""
+    return tuple(layer if layer > 0 else depth + 1 + layer for layer in facts.feature_layers)

@@ -1,0 +1,57 @@
+"""Is this artefact, on this machine, still what was measured at export? No torch needed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from export import parity
+from export.backends import chat_tokenizer, gate_of, open_backend
+from export.evidence import LIMIT, load_reference
+from export.replay import greedy, make_prompt
+from vlm.manifest import check_files, read_manifest
+from vlm.preprocess import open_image
+
+
+def verify(root: Path) -> dict[str, Any]:
+    """Hash every file, then replay the golden sample and compare logits with PyTorch's stored ones.
+
+    Returns: `verified`, `failures` (one line each), `measured`, `format`, `seconds`.
+
+    Raises:
+        ArtifactError: a file is missing, truncated, altered, or belongs to another artefact.
+        MissingPiece: the runtime library of this format is not installed.
+    """
+    started = time.monotonic()
+    manifest = read_manifest(root)
+    check_files(root, manifest)
+    gate = gate_of(manifest)
+    found = [] if manifest.verified else [f"at export: {line}" for line in manifest.parity.get("failures", ["no gate"])]
+    tokenizer = chat_tokenizer(root, manifest)
+    expected = load_reference(manifest.path_of(root, "reference"))
+    golden = manifest.golden[0]
+    prompt = make_prompt(tokenizer, open_image(root / golden.image), golden.question)
+    backend = open_backend(root, manifest)
+    try:
+        measured = parity.replay_case(backend, prompt, expected)
+        ids = greedy(backend, prompt, tokenizer.spec.eos_token_ids, LIMIT)
+    finally:
+        backend.close()
+    found += parity.failures("golden", measured, gate)
+    known = (golden.token_ids, tuple(manifest.parity.get("golden_ids", ())))
+    if ids not in known:
+        found.append(f"golden: answers {tokenizer.decode(ids)!r}, expected {tokenizer.decode(golden.token_ids)!r}")
+    return dict(
+        parity.finite(
+            {
+                "verified": not found,
+                "failures": found,
+                "artefact": str(root),
+                "format": manifest.format,
+                "measured": measured,
+                "answer": tokenizer.decode(ids),
+                "seconds": time.monotonic() - started,
+            }
+        )
+    )
