@@ -1,0 +1,105 @@
+"""Detokenising, stop strings and sampling: small pure pieces against naive versions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.api import Sampling
+from runtime.sampling import Sampler
+from runtime.text import Detokenizer, StopStrings
+from vlm.errors import UserError
+
+
+def decode(ids: list[int]) -> str:
+    return bytes(ids).decode("utf-8", "replace")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40))
+def test_pieces_add_up_to_the_whole_text(text: str) -> None:
+    pieces = Detokenizer(decode)  # type: ignore[arg-type]
+    parts = [pieces.add(byte) for byte in text.encode()]
+    assert "".join(parts) + pieces.flush() == text
+    assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
+
+
+def test_broken_bytes_do_not_hold_text_back_for_ever() -> None:
+    pieces = Detokenizer(decode)  # type: ignore[arg-type]
+    parts = [pieces.add(0xFF) for _ in range(20)]
+    assert any(parts)
+    assert len("".join(parts) + pieces.flush()) == 20
+
+
+def test_decoding_cost_per_token_does_not_grow() -> None:
+    lengths: list[int] = []
+
+    def counting(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return decode(ids)
+
+    pieces = Detokenizer(counting)  # type: ignore[arg-type]
+    for byte in b"a" * 500:
+        pieces.add(byte)
+    assert max(lengths) <= 9
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text("abS", max_size=30),
+    st.lists(st.text("abS", min_size=1, max_size=4), max_size=3),
+    st.integers(1, 5),
+)
+def test_stop_strings_equal_a_search_in_the_whole_text(text: str, stops: list[str], size: int) -> None:
+    held = StopStrings(stops)
+    shown, stopped = "", False
+    for start in range(0, len(text), size):
+        piece, stopped = held.add(text[start : start + size])
+        shown += piece
+        if stopped:
+            break
+    if not stopped:
+        shown += held.flush()
+    assert stopped == any(stop in text for stop in stops)
+    assert text.startswith(shown)
+    if stopped:
+        assert not any(stop in shown for stop in stops)
+        assert any(text.startswith(stop, len(shown)) for stop in stops)
+    else:
+        assert shown == text
+
+
+def test_top_k_and_top_p_keep_the_right_tokens() -> None:
+    logits_V = np.log(np.array([0.1, 0.5, 0.3, 0.1], np.float32))
+    drawn = {Sampler(Sampling(temperature=1.0, top_k=2, seed=s))(logits_V) for s in range(200)}
+    assert drawn == {1, 2}
+    drawn = {Sampler(Sampling(temperature=1.0, top_p=0.6, seed=s))(logits_V) for s in range(200)}
+    assert drawn == {1, 2}
+    drawn = {Sampler(Sampling(temperature=1.0, top_p=0.5, seed=s))(logits_V) for s in range(50)}
+    assert drawn == {1}
+
+
+def test_sampling_follows_the_distribution() -> None:
+    probabilities = np.array([0.2, 0.5, 0.3])
+    sample = Sampler(Sampling(temperature=1.0, seed=0))
+    counts = np.bincount([sample(np.log(probabilities).astype(np.float32)) for _ in range(4000)], minlength=3)
+    assert np.abs(counts / 4000 - probabilities).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"seed": -1},
+        {"stop": ("",)},
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        Sampling(**options)  # type: ignore[arg-type]
