@@ -17,11 +17,12 @@ from PIL import Image
 
 from vlm.errors import MissingPiece
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 CELL = 32
 GRID = 2
 SIDE = CELL * GRID
 TEST_SCANS = 397
+VALIDATION_SCANS = 150
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("where", "row", "column", "sum", "largest")
 
@@ -49,9 +50,10 @@ def _scans() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
 
 @functools.cache
 def scan_indices(split: Split) -> npt.NDArray[np.int64]:
-    """Indices of the scans of a split: a fixed shuffle, the first TEST_SCANS are the test set."""
+    """Indices of the scans of a split: a fixed shuffle, test first, then validation, then train."""
     order = np.random.default_rng(20260210).permutation(len(_scans()[1]))
-    return order[:TEST_SCANS] if split == "test" else order[TEST_SCANS:]
+    held_out = TEST_SCANS + VALIDATION_SCANS
+    return {"test": order[:TEST_SCANS], "validation": order[TEST_SCANS:held_out], "train": order[held_out:]}[split]
 
 
 def sample(split: Split, index: int, seed: int = 0, augment: bool = False) -> Sample:
@@ -62,7 +64,7 @@ def sample(split: Split, index: int, seed: int = 0, augment: bool = False) -> Sa
         augment: shift, turn, scale and re-ink each scan (used to train the teacher).
     """
     images, labels = _scans()
-    rng = np.random.default_rng([seed, index, 0 if split == "train" else 1])
+    rng = np.random.default_rng([seed, index, ("train", "test", "validation").index(split)])
     chosen = rng.choice(scan_indices(split), GRID * GRID, replace=True)
     digits = tuple(int(labels[i]) for i in chosen)
     canvas = Image.new("L", (SIDE, SIDE))

@@ -1,0 +1,174 @@
+"""`python -m distill`: train a student (default), make the digits teacher, compare objectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.console import note, print_json, run_command
+from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.config import TrainConfig
+    from distill.train import TrainResult
+
+USAGE = """usage: python -m distill [train] [options]      train a student (no arguments: --preset digits)
+       python -m distill teacher --preset digits   train the teacher of the preset
+       python -m distill compare [options]         objectives x seeds at equal steps and at equal time
+       python -m distill COMMAND --help            every option
+
+examples:
+  python -m distill
+  python -m distill train --preset digits --objective sft --seed 1 --out runs/sft
+  python -m distill train --config recipe.yaml
+  python -m distill train --teacher DIR --student DIR --data train.json --images images/ --steps 2000 --out runs/mine
+  python -m distill train --resume --out runs/mine
+  python -m distill compare --preset digits --objectives sft,kd,align-ti --seeds 3
+"""
+COMMANDS = ("train", "teacher", "compare")
+
+
+def main(argv: Sequence[str]) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    command, rest = (argv[0], list(argv[1:])) if argv and not argv[0].startswith("-") else ("train", list(argv))
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}")
+    if command == "compare":
+        from distill.compare import main as compare
+
+        return compare(rest)
+    return _train(rest or ["--preset", "digits"], teacher=command == "teacher")
+
+
+def _train(argv: list[str], teacher: bool) -> int:
+    config, as_json = parse_train(argv)
+    _quiet()
+    from distill import presets
+    from distill.train import train
+
+    if teacher:
+        if config.preset != "digits":
+            raise UserError("only the digits preset has a teacher recipe; add --preset digits")
+        config = presets.teacher_config(config)
+    config = _with_run_directory(config, "teacher" if teacher else config.objective)
+    try:
+        result = train(config)
+    except KeyboardInterrupt:
+        note(f"stopped; go on with: python -m distill train --resume --out {config.out}")
+        raise
+    _print(result, as_json)
+    return 0
+
+
+def parse_train(argv: list[str]) -> tuple[TrainConfig, bool]:
+    """Command line, YAML recipe and preset -> TrainConfig; later sources win in the order preset, recipe, options.
+
+    Raises:
+        UserError: unknown option or key, or a value of the wrong type.
+    """
+    import jsonargparse
+
+    from distill import presets
+    from distill.config import TrainConfig
+
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m distill train",
+        description="Train a student. Example: python -m distill train --preset digits --objective align-ti",
+        exit_on_error=False,
+        formatter_class=jsonargparse.DefaultHelpFormatter,
+    )
+    parser.add_argument("--config", action="config", help="YAML recipe with the options below as keys")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+    parser.add_class_arguments(TrainConfig)
+    preset = _peek_preset(argv)
+    if preset:
+        if preset not in presets.PRESETS:
+            raise UserError(f"preset {preset!r} is unknown; choose one of {', '.join(presets.PRESETS)}")
+        parser.set_defaults(presets.PRESETS[preset])
+    try:
+        namespace = parser.parse_args(argv)
+        as_json = bool(namespace.pop("json"))
+        namespace.pop("config")
+        values = parser.instantiate(namespace)
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise UserError(f"{_first_reason(error)}; see `python -m distill train --help`") from None
+    return TrainConfig(**values.as_dict()), as_json
+
+
+def _peek_preset(argv: list[str]) -> str | None:
+    """The preset decides the defaults of all other options, so it is looked up before they are parsed."""
+    for index, word in enumerate(argv):
+        if word.startswith("--preset="):
+            return word.split("=", 1)[1]
+        if word == "--preset" and index + 1 < len(argv):
+            return argv[index + 1]
+    for index, word in enumerate(argv):
+        recipe = word.split("=", 1)[1] if word.startswith("--config=") else None
+        if word == "--config" and index + 1 < len(argv):
+            recipe = argv[index + 1]
+        if recipe is not None:
+            return _preset_of_recipe(Path(recipe))
+    return None
+
+
+def _preset_of_recipe(recipe: Path) -> str | None:
+    import yaml
+
+    try:
+        value = yaml.safe_load(recipe.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {recipe}; check --config") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{recipe} is not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{recipe} must hold options as `key: value` lines")
+    preset = value.get("preset")
+    return None if preset in (None, "none") else str(preset)
+
+
+def _first_reason(error: Exception) -> str:
+    """The parser's own words on one line, without its nested validation dump."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:2]) if lines else type(error).__name__
+
+
+def _with_run_directory(config: TrainConfig, name: str) -> TrainConfig:
+    if config.out != type(config)().out or config.resume:
+        return config
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return dataclasses.replace(config, out=Path("runs") / f"{config.preset}-{name}-seed{config.seed}-{stamp}")
+
+
+def _quiet() -> None:
+    import logging
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _print(result: TrainResult, as_json: bool) -> None:
+    if as_json:
+        value: dict[str, Any] = result.to_json()
+        print_json(value)
+        return
+    print(f"student: {result.student}")
+    if result.exact_match is not None and result.interval is not None:
+        low, high = result.interval
+        print(f"exact match on unseen data: {result.exact_match:.3f} (95 % {low:.3f} to {high:.3f}, n = {result.n})")
+    print(f"seconds: {result.seconds}  objective: {result.objective}  seed: {result.seed}")
+    print(f"next: python -m export --target onnx --student {result.student}")
+
+
+if __name__ == "__main__":
+    run_command(main)

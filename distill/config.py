@@ -1,0 +1,149 @@
+"""What a training run is told: frozen dataclasses, one docstring line a field; the command line is made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from distill.losses import Direction
+from distill.ribbon import Layout, Sampling
+from vlm.errors import UserError
+
+TERMS = ("sft", "kd", "iva", "tpa")
+OBJECTIVES = {
+    "sft": ("sft",),
+    "kd": ("sft", "kd"),
+    "kd+iva": ("sft", "kd", "iva"),
+    "kd+tpa": ("sft", "kd", "tpa"),
+    "align-ti": TERMS,
+}
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms (the paper does not publish its own).
+
+    Attributes:
+        sft: next-token cross-entropy on the response.
+        kd: KL to the teacher on the response.
+        iva: KL at visual tokens, weighted by the teacher's instruction-to-vision attention.
+        tpa: KL one step after student-sampled candidates.
+    """
+
+    sft: float = 1.0
+    kd: float = 1.0
+    iva: float = 1.0
+    tpa: float = 1.0
+
+
+@dataclass(frozen=True)
+class Align:
+    """Settings of the distillation terms; where the paper is silent the default is ours and stated here.
+
+    Attributes:
+        temperature: of both distributions in every KL.
+        direction: forward is KL(teacher || student).
+        candidates: K, candidate tokens per response position (4 in the published Qwen2 and Llama files).
+        sampling: how candidates are drawn from the student.
+        drop_gold: skip candidates equal to the gold token; L_kd covers them already.
+        layout: how candidates run; `cached` is cheapest, the others need no key/value cache.
+        iva_layer: teacher layer whose attention weights the visual tokens; -1 chooses it by IRS before training.
+        irs_pairs: image-instruction pairs used to choose that layer.
+    """
+
+    temperature: float = 1.0
+    direction: Direction = "forward"
+    candidates: int = 4
+    sampling: Sampling = "multinomial"
+    drop_gold: bool = True
+    layout: Layout = "cached"
+    iva_layer: int = -1
+    irs_pairs: int = 200
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise UserError(f"align.temperature must be above 0, got {self.temperature}")
+        if self.candidates < 1:
+            raise UserError(f"align.candidates must be at least 1, got {self.candidates}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        preset: a complete built-in set-up; `digits` needs no download and runs on a CPU.
+        teacher: LLaVA checkpoint directory or hub id; the preset brings its own.
+        student: LLaVA checkpoint directory to start from; the preset builds one.
+        data: LLaVA-style JSON file: [{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}].
+        images: folder the data's image paths are relative to.
+        objective: one of sft, kd, kd+iva, kd+tpa, align-ti.
+        out: run directory; the student is written to OUT/student.
+        resume: go on from the last complete checkpoint in OUT.
+        steps: optimiser steps.
+        batch_size: samples per micro-batch.
+        accumulate: micro-batches per optimiser step.
+        lr: peak learning rate (cosine decay to zero).
+        projector_lr: peak learning rate of the projector; 0 means the same as lr.
+        warmup: share of the steps spent warming up.
+        weight_decay: AdamW decay.
+        max_grad_norm: gradient clipping.
+        freeze_vision: keep the vision tower fixed.
+        bf16: train in bfloat16 autocast (CUDA).
+        eval_every: steps between evaluations; 0 only at the end.
+        eval_samples: held-out samples for task accuracy.
+        save_every: steps between checkpoints.
+        log_every: steps between log lines.
+        samples: how many distinct training samples the preset's stream holds.
+        seed: data order, initialisation and candidates.
+        threads: CPU threads; 0 leaves torch's choice.
+        weights: weights of the loss terms.
+        align: settings of the distillation terms.
+    """
+
+    preset: Literal["digits", "none"] = "none"
+    teacher: str | None = None
+    student: str | None = None
+    data: Path | None = None
+    images: Path | None = None
+    objective: str = "align-ti"
+    out: Path = Path("runs/latest")
+    resume: bool = False
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float = 2e-5
+    projector_lr: float = 0.0
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    freeze_vision: bool = False
+    bf16: bool = False
+    eval_every: int = 0
+    eval_samples: int = 500
+    save_every: int = 500
+    log_every: int = 20
+    samples: int = 50_000
+    seed: int = 0
+    threads: int = 0
+    weights: LossWeights = field(default_factory=LossWeights)
+    align: Align = field(default_factory=Align)
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"objective {self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_samples", "samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise UserError(f"lr must be above 0, got {self.lr}")
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The loss terms of the objective whose weight is not zero."""
+        return tuple(term for term in OBJECTIVES[self.objective] if getattr(self.weights, term) != 0)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(term != "sft" for term in self.terms)

@@ -1,0 +1,65 @@
+"""Built-in set-ups. `digits` trains from a committed teacher on data that ships with scikit-learn."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from distill.assemble import Shape
+from distill.config import TrainConfig
+from vlm.errors import CheckpointError
+
+# compact student: 2 decoder layers against the teacher's 4, a narrower and shallower tower
+DIGITS_STUDENT = Shape(vision_hidden=96, vision_layers=3, vision_intermediate=192, layers=2, intermediate=512)
+DIGITS_TEACHER = Shape(vision_hidden=128, vision_layers=4, vision_intermediate=384, layers=4, intermediate=512)
+
+DIGITS_TRAIN: dict[str, Any] = {
+    "preset": "digits",
+    "steps": 700,
+    "batch_size": 48,
+    "lr": 3e-3,
+    "warmup": 0.05,
+    "weight_decay": 0.01,
+    "samples": 20_000,
+    "eval_every": 350,
+    "eval_samples": 600,
+    "save_every": 100,
+}
+TEACHER_TRAIN: dict[str, Any] = {
+    "preset": "digits",
+    "objective": "sft",
+    "steps": 4000,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "warmup": 0.025,
+    "weight_decay": 0.01,
+    "samples": 1_000_000,
+    "eval_every": 1000,
+    "eval_samples": 1000,
+    "save_every": 500,
+}
+PRESETS = {"digits": DIGITS_TRAIN}
+
+
+def defaults(preset: str) -> TrainConfig:
+    """The configuration a preset starts from."""
+    return TrainConfig(**PRESETS[preset])
+
+
+def digits_teacher() -> Path:
+    """Directory of the committed teacher.
+
+    Raises:
+        CheckpointError: the installed package lacks it.
+    """
+    path = Path(str(resources.files("distill"))) / "assets" / "digits-teacher"
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"no teacher at {path}; make it with `python -m distill teacher --preset digits`")
+    return path
+
+
+def teacher_config(config: TrainConfig) -> TrainConfig:
+    """The configuration that trains the digits teacher, keeping seed, output and resume from `config`."""
+    return dataclasses.replace(TrainConfig(**TEACHER_TRAIN), seed=config.seed, out=config.out, resume=config.resume)

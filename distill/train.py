@@ -1,0 +1,263 @@
+"""One training run from a TrainConfig to a student directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill import evaluate, irs, presets, report
+from distill.assemble import build_model, save_checkpoint
+from distill.config import Align, LossWeights, TrainConfig
+from distill.data import Collator, DigitsExamples, Examples, LlavaJson, check_lengths
+from distill.objective import Objective
+from distill.pair import shared_vocabulary
+from distill.trainer import METRICS, DistillTrainer, last_checkpoint
+from vlm import digits
+from vlm.console import note
+from vlm.errors import CheckpointError, UserError
+from vlm.files import atomic_dir, write_atomic
+from vlm.load import Checkpoint, load_model, open_checkpoint
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ends with; `exact_match` is on held-out data the student was never tuned on."""
+
+    student: Path
+    objective: str
+    exact_match: float | None
+    n: int
+    interval: tuple[float, float] | None
+    seconds: float
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "student": str(self.student)}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training examples, a validation set for choices made during training, and the test set for the final figure."""
+
+    train: Examples
+    validation: Examples | None
+    test: Examples | None
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run has loaded."""
+
+    config: TrainConfig
+    student: nn.Module
+    student_source: Checkpoint
+    teacher: nn.Module | None
+    teacher_source: Checkpoint | None
+    data: Data
+    vocabulary: int
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train as told, save the student as a plain Hugging Face directory, return its held-out accuracy.
+
+    Raises:
+        UserError: wrong input; nothing was written.
+        KeyboardInterrupt: stopped by Ctrl-C after writing a checkpoint.
+    """
+    config = _open_run_directory(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    started = time.monotonic()
+    run = _load(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(config.out / CONFIG, json.dumps(config_to_json(config), indent=1) + "\n")
+    objective = Objective(config.terms, config.weights, config.align, run.teacher, run.vocabulary, _iva_layer(run))
+    collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
+    trainer = DistillTrainer(
+        config, run.student, objective, run.data.train, collate, lambda model: _validate(run, objective, model)
+    )
+    checkpoint = last_checkpoint(config.out) if config.resume else None
+    if config.resume:
+        note(f"going on from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return _finish(run, collate, time.monotonic() - started)
+
+
+def _open_run_directory(config: TrainConfig) -> TrainConfig:
+    stored = config.out / CONFIG
+    if config.resume:
+        if not stored.is_file():
+            raise UserError(f"{config.out} holds no run to resume; drop --resume or name its folder with --out")
+        note(f"resuming {config.out} with the options stored there")
+        return dataclasses.replace(config_from_json(json.loads(stored.read_text())), out=config.out, resume=True)
+    if stored.exists():
+        raise UserError(f"{config.out} already holds a run; add --resume to go on or choose another --out")
+    return config
+
+
+def _load(config: TrainConfig) -> Run:
+    teacher_source = None
+    if config.preset == "digits":
+        teacher_source = open_checkpoint(_local(config.teacher) if config.teacher else presets.digits_teacher())
+    elif config.teacher:
+        teacher_source = open_checkpoint(_local(config.teacher))
+    if config.needs_teacher and teacher_source is None:
+        raise UserError(f"objective {config.objective!r} needs a teacher; pass --teacher DIR or --objective sft")
+    student, student_source = _student(config, teacher_source)
+    data = _data(config, student_source)
+    vocabulary = int(student_source.config["text_config"]["vocab_size"])
+    teacher = None
+    if config.needs_teacher and teacher_source is not None:
+        vocabulary = shared_vocabulary(teacher_source, student_source)
+        teacher = load_model(teacher_source).requires_grad_(False)
+        if torch.cuda.is_available():
+            teacher = teacher.to("cuda")
+    if config.freeze_vision:
+        student.model.vision_tower.requires_grad_(False)
+    return Run(config, student, student_source, teacher, teacher_source, data, vocabulary)
+
+
+def _local(name: str) -> Path:
+    """A local directory, or the snapshot of a hub id (the only case that may use the network)."""
+    path = Path(name)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name} is neither a directory nor a reachable hub id ({type(error).__name__})"
+        ) from None
+
+
+def _student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Module, Checkpoint]:
+    if config.student:
+        source = open_checkpoint(_local(config.student))
+        return load_model(source).train(), source
+    if config.preset != "digits" or teacher is None:
+        raise UserError("no student to train; pass --student DIR or --preset digits")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher.directory)
+    model = build_model(presets.DIGITS_STUDENT, tokenizer, config.seed).train()
+    # tokenizer, template and pixels are the teacher's; only the network is new
+    return model, dataclasses.replace(teacher, config=model.config.to_dict(), provenance={})
+
+
+def _data(config: TrainConfig, student: Checkpoint) -> Data:
+    if config.preset == "digits" and config.data is None:
+        tokenizer, image = student.tokenizer, student.image
+        return Data(
+            DigitsExamples("train", config.samples, tokenizer, image, config.seed, augment=False),
+            DigitsExamples("validation", config.eval_samples, tokenizer, image),
+            DigitsExamples("test", config.eval_samples, tokenizer, image),
+            {"name": "digits", "sha256": digits.data_sha256(), "samples": config.samples},
+        )
+    if config.data is None:
+        raise UserError("no data to train on; pass --data F --images D or --preset digits")
+    from vlm.files import sha256_file
+
+    examples = LlavaJson(config.data, config.images, student.tokenizer, student.image)
+    check_lengths(examples, int(student.config["text_config"]["max_position_embeddings"]))
+    return Data(
+        examples, None, None, {"name": config.data.name, "sha256": sha256_file(config.data), "samples": len(examples)}
+    )
+
+
+def _iva_layer(run: Run) -> int:
+    config = run.config
+    if "iva" not in config.terms or run.teacher is None or run.teacher_source is None:
+        return 0
+    layers = len(run.teacher.model.language_model.layers)
+    if config.align.iva_layer >= layers:
+        raise UserError(f"align.iva_layer {config.align.iva_layer}: the teacher has layers 0 to {layers - 1}")
+    if config.align.iva_layer >= 0:
+        return config.align.iva_layer
+    collate = Collator(run.teacher_source.tokenizer.spec.pad_token_id)
+    scores = irs.layer_scores(run.teacher, run.data.train, config.align.irs_pairs, collate)
+    write_atomic(config.out / "irs.json", json.dumps(scores.to_json()) + "\n")
+    irs.plot(scores, config.out / "irs.png")
+    shown = " ".join(f"{score:.3f}" for score in scores.scores)
+    note(f"IRS by teacher layer over {scores.pairs} pairs: {shown}; layer {scores.best} weights the visual tokens")
+    return scores.best
+
+
+def _validate(run: Run, objective: Objective, model: nn.Module) -> dict[str, float]:
+    if run.data.validation is None:
+        return {}
+    collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
+    count = run.config.eval_samples
+    terms = evaluate.held_out_terms(model, objective, run.data.validation, min(count, 200), collate)
+    return {**terms, "exact_match": evaluate.accuracy(model, run.data.validation, count, collate).exact_match}
+
+
+def _finish(run: Run, collate: Collator, seconds: float) -> TrainResult:
+    config, model = run.config, run.student.eval()
+    scored = evaluate.accuracy(model, run.data.test, config.eval_samples, collate) if run.data.test else None
+    student = config.out / "student"
+    result = TrainResult(
+        student,
+        config.objective,
+        scored.exact_match if scored else None,
+        scored.n if scored else 0,
+        scored.interval if scored else None,
+        round(seconds, 1),
+        config.seed,
+    )
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(run.student_source.directory)
+    with atomic_dir(student) as work:
+        save_checkpoint(model.to("cpu"), processor, work, _provenance(run, result))
+    title = f"{config.objective} on {run.data.description['name']}, seed {config.seed}"
+    report.loss_curve(report.read_metrics(config.out / METRICS), title, config.out / "loss.png")
+    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # the student supersedes them
+    return result
+
+
+def _provenance(run: Run, result: TrainResult) -> dict[str, Any]:
+    teacher = run.teacher_source
+    return {
+        "schema": "vlm-student/1",
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "objective": result.objective,
+        "teacher": None
+        if teacher is None or not run.config.needs_teacher
+        else {"name": teacher.directory.name, "sha256": teacher.weights_sha256()},
+        "data": run.data.description,
+        "recipe": config_to_json(run.config),
+        "exact_match": result.exact_match,
+        "n": result.n,
+        "interval": result.interval,
+        "seconds": result.seconds,
+        "licence": "Apache-2.0" if run.data.description["name"] == "digits" else None,
+        "tools": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def config_to_json(config: TrainConfig) -> dict[str, Any]:
+    value = dataclasses.asdict(config)
+    return {name: str(item) if isinstance(item, Path) else item for name, item in value.items()}
+
+
+def config_from_json(value: dict[str, Any]) -> TrainConfig:
+    paths = {name: Path(value[name]) for name in ("data", "images", "out") if value[name] is not None}
+    nested = {"weights": LossWeights(**value["weights"]), "align": Align(**value["align"])}
+    return TrainConfig(**{**value, **paths, **nested})
