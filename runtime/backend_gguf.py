@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as Pillow
 
-from runtime.api import Logits, Message, Prefilled, PreparedImage, Prompt
+from runtime.api import Logits, Message, ModelInfo, Prefilled, PreparedImage, Prompt
 from runtime.options import LoadOptions
 from runtime.source import Source, need_package, open_artifact
 from vlm import preprocess
@@ -41,7 +42,7 @@ class GgufBackend:
         self._context: Any = None
         self._vision: Any = None
         self._width = 0
-        self.info = source.info("gguf", options)
+        self.info = _with_float32_cache(source.info("gguf", options), source.model)
         _silence(llama_cpp, mtmd_cpp)
         llama_cpp.llama_backend_init()
         try:
@@ -183,6 +184,13 @@ class _ImageChunk:
     def __del__(self) -> None:
         if self._chunks:
             self._mtmd.mtmd_input_chunks_free(self._chunks)
+
+
+def _with_float32_cache(info: ModelInfo, model: dict[str, Any]) -> ModelInfo:
+    """The manifest counts the float16 cache other llama.cpp programs use; this one is twice as large."""
+    if not {"layers", "kv_heads", "head_dim"} <= set(model):
+        return info
+    return replace(info, kv_bytes_per_token=2 * 4 * model["layers"] * model["kv_heads"] * model["head_dim"])
 
 
 def _silence(llama_cpp: Any, mtmd_cpp: Any) -> None:

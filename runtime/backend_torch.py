@@ -116,10 +116,11 @@ def _numbers(checkpoint: Checkpoint) -> dict[str, Any]:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 if "language_model" in name and "embed_tokens" not in name and "lm_head" not in name:
                     decoder += int(np.prod(tensors.get_slice(name).get_shape()))
+    head = text.vocab_size * text.hidden_size
     return {
         "vocab_size": text.vocab_size,
         "context_length": text.max_position_embeddings,
-        "decoder_weight_bytes": 4 * decoder,
-        "lm_head_bytes": 4 * text.vocab_size * text.hidden_size,
+        "decoder_weight_bytes": 4 * (decoder + head),
+        "lm_head_bytes": 4 * head,
         "kv_bytes_per_token": 4 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim,
     }

@@ -116,7 +116,7 @@ def open_artifact(root: Path, manifest: Manifest | None = None) -> Source:
         model=manifest.model,
         precision=_precision(manifest.precision),
         artifact_bytes=sum(entry.bytes for entry in manifest.files),
-        weights_sha256=manifest.source.get("weights_sha256"),
+        weights_sha256=manifest.source.get("student_sha256"),
         manifest=manifest,
     )
 

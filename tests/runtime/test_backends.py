@@ -1,0 +1,199 @@
+"""Every backend against PyTorch, and PyTorch against Hugging Face's own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import load
+from runtime.api import Backend, Done, Image, Message, Sampling, Token
+from runtime.backend_gguf import GgufBackend, open_gguf
+from runtime.backend_onnx import OnnxBackend, open_onnx
+from runtime.backend_torch import TorchBackend, open_torch
+from runtime.engine import Engine
+from runtime.images import answer, from_pillow, question, to_pillow
+from runtime.options import LoadOptions
+from vlm import digits
+from vlm.errors import MissingPiece
+from vlm.manifest import read_manifest
+
+STEPS = 12
+# a random student's logits have a standard deviation near 1; llama.cpp rounds to float16 inside
+TOLERANCE = {"onnx": 3e-4, "gguf": 3e-2}
+
+
+def picture(index: int) -> Image:
+    return from_pillow(digits.sample("test", index).image)
+
+
+def noise(seed: int, width: int = 90, height: int = 50) -> Image:
+    from PIL import Image as Pillow
+
+    rng = np.random.default_rng(seed)
+    return from_pillow(Pillow.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)))
+
+
+CONVERSATIONS: dict[str, list[Message]] = {
+    "one image": [question("Read the top row.", picture(0))],
+    "not square": [question("What is this? ñ 😀", noise(1))],
+    "two images": [question("Compare them.", picture(1), noise(2))],
+    "no image": [question("Say something.")],
+    "second turn": [question("Add up the top row.", picture(2)), answer("3 + 4 = 7"), question("And the bottom row?")],
+    "image inside text": [Message("user", ("before ", picture(3), " after"))],
+    "system": [Message("system", ("Be brief.",)), question("Read it.", picture(4))],
+}
+
+
+@pytest.fixture(scope="module")
+def torch_backend(student: Path) -> Iterator[TorchBackend]:
+    backend = open_torch(student, LoadOptions())
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def onnx_backend(onnx_artifact: Path) -> Iterator[OnnxBackend]:
+    backend = open_onnx(onnx_artifact, LoadOptions(), read_manifest(onnx_artifact))
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_backend(gguf_artifact: Path) -> Iterator[GgufBackend]:
+    backend = open_gguf(gguf_artifact, LoadOptions(), read_manifest(gguf_artifact))
+    yield backend
+    backend.close()
+
+
+def forced_logits(backend: Backend, messages: list[Message]) -> np.ndarray:
+    """logits_SV of the prompt's end and of fixed tokens after it: a difference shows even where the argmax agrees."""
+    prompt = backend.prepare(messages)
+    embeds = backend.encode(prompt.images) if prompt.images else []
+    rows = [backend.prefill(prompt, embeds).logits]
+    rows += [backend.step(int(token_id)) for token_id in np.random.default_rng(0).integers(4, 300, STEPS)]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("kind", ["onnx", "gguf"])
+def test_logits_equal_torch(kind: str, name: str, torch_backend: TorchBackend, request: pytest.FixtureRequest) -> None:
+    backend: Backend = request.getfixturevalue(f"{kind}_backend")
+    messages = CONVERSATIONS[name]
+    assert backend.prepare(messages).ids == torch_backend.prepare(messages).ids
+    expected, got = forced_logits(torch_backend, messages), forced_logits(backend, messages)
+    assert expected.std() > 0.3, "flat logits would pass any comparison"
+    assert np.abs(expected - got).max() < TOLERANCE[kind] * max(1.0, float(expected.std()))
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx", "gguf"])
+def test_a_request_leaves_nothing_behind(kind: str, request: pytest.FixtureRequest) -> None:
+    backend: Backend = request.getfixturevalue(f"{kind}_backend")
+    first = forced_logits(backend, CONVERSATIONS["one image"])
+    forced_logits(backend, CONVERSATIONS["two images"])
+    assert np.array_equal(first, forced_logits(backend, CONVERSATIONS["one image"]))
+
+
+def generated(engine: Engine, messages: list[Message]) -> list[int]:
+    events = engine.generate(messages, Sampling(max_new_tokens=STEPS))
+    return [event.id for event in events if isinstance(event, Token)]
+
+
+@pytest.mark.parametrize("sizes", [{"decoder": "qwen2"}, {"decoder": "qwen3", "tied": False}, {"tower": "clip"}])
+def test_torch_equals_generate(sizes: dict[str, object], tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from tests.tiny import make_student
+
+    directory = make_student(tmp_path / "s", seed=1, **sizes)
+    model = LlavaForConditionalGeneration.from_pretrained(directory).eval()
+    processor = AutoProcessor.from_pretrained(directory)
+    images = [picture(0), picture(1), noise(5)]
+    with load(directory) as engine:
+        for image in images:
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nRead the top row."}]}],
+                add_generation_prompt=True,
+            )
+            inputs = processor(images=to_pillow(image), text=text, return_tensors="pt")
+            with torch.no_grad():
+                out = model.generate(**inputs, do_sample=False, max_new_tokens=STEPS)
+            expected = out[0, inputs["input_ids"].shape[1] :].tolist()
+            assert generated(engine, [question("Read the top row.", image)]) == expected
+
+
+def test_greedy_tokens_agree_between_formats(
+    student: Path, onnx_artifact: Path, gguf_artifact: Path, torch_backend: TorchBackend
+) -> None:
+    conversations = [[question("Which digit is at the top left?", picture(i))] for i in range(8)]
+    with load(student) as reference:
+        expected = [generated(reference, messages) for messages in conversations]
+    assert len({tuple(ids) for ids in expected}) > 1, "one answer for all images compares nothing"
+    with load(onnx_artifact) as engine:
+        assert [generated(engine, messages) for messages in conversations] == expected
+    with load(gguf_artifact) as engine:
+        for messages, ids in zip(conversations, expected, strict=True):
+            got = generated(engine, messages)
+            # its weights are float16: where PyTorch itself is undecided, either token will do
+            sure = ids[: decided(torch_backend, messages, ids)]
+            assert got[: len(sure)] == sure
+
+
+def decided(backend: Backend, messages: list[Message], ids: list[int]) -> int:
+    """Number of leading tokens whose logit leads the runner-up by more than twice the GGUF tolerance."""
+    prompt = backend.prepare(messages)
+    logits_V = backend.prefill(prompt, backend.encode(prompt.images)).logits
+    for count, token_id in enumerate(ids):
+        second, first = np.partition(logits_V, -2)[-2:]
+        if first - second < 2 * TOLERANCE["gguf"] * max(1.0, float(logits_V.std())):
+            return count
+        logits_V = backend.step(token_id)
+    return len(ids)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "gguf"])
+def test_golden_sample_of_the_artefact(kind: str, request: pytest.FixtureRequest) -> None:
+    from PIL import Image as Pillow
+
+    artifact: Path = request.getfixturevalue(f"{kind}_artifact")
+    golden = read_manifest(artifact).golden[0]
+    image = from_pillow(Pillow.open(artifact / golden.image))
+    with load(artifact) as engine:
+        events = engine.generate([question(golden.question, image)], Sampling(max_new_tokens=len(golden.token_ids)))
+        assert tuple(e.id for e in events if isinstance(e, Token)) == golden.token_ids
+
+
+def test_spans_add_up_and_nothing_is_cached(onnx_artifact: Path) -> None:
+    with load(onnx_artifact) as engine:
+        *_, done = engine.generate([question("Read it.", picture(0))], Sampling(max_new_tokens=4, ignore_eos=True))
+    assert isinstance(done, Done)
+    assert done.spans[0].start_ns == done.received_ns
+    assert sum(s.end_ns - s.start_ns for s in done.spans) == done.spans[-1].end_ns - done.received_ns
+    assert (done.usage.cached_tokens, done.usage.image_tokens, done.usage.completion_tokens) == (0, 16, 4)
+
+
+@pytest.mark.parametrize("kind", ["student", "onnx_artifact", "gguf_artifact"])
+def test_model_info_comes_from_disk(kind: str, student: Path, request: pytest.FixtureRequest) -> None:
+    from vlm.load import open_checkpoint
+
+    with load(request.getfixturevalue(kind), context=100) as engine:
+        info = engine.info
+    assert (info.context_length, info.vocab_size, info.tokens_per_image) == (100, 384, 16)
+    assert info.weights_sha256 == open_checkpoint(student).weights_sha256()
+    assert info.decoder_weight_bytes is not None
+    assert info.lm_head_bytes is not None
+    assert info.decoder_weight_bytes > info.lm_head_bytes > 0
+    assert info.kv_bytes_per_token == 2 * 2 * 2 * 64 * 4
+
+
+def test_cuda_is_refused_where_there_is_none(student: Path, onnx_artifact: Path, gguf_artifact: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for path in (student, onnx_artifact, gguf_artifact):
+        with pytest.raises(MissingPiece):
+            load(path, device="cuda")
