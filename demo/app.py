@@ -127,7 +127,7 @@ def _connect(blocks: Any, w: Widgets, on: Handlers) -> None:
         show_progress="hidden",
         **model,
     ).then(on.end, [w.session], [w.ask, w.stop], **quick)
-    w.stop.click(on.stop, [w.session], None, **quick)
+    w.stop.click(on.stop, [w.session], [w.stop], **quick)
     for begin_again in (w.new_chat.click, w.chat.clear):
         begin_again(on.new_chat, [w.session], [w.session, w.chat, w.notice], **quick)
     w.model.change(on.choose_model, [w.model], [w.card, w.notice], show_progress="hidden", **model)
@@ -160,9 +160,26 @@ def _theme() -> Any:
     import gradio as gr
 
     # fonts the machine has: the default theme's would be fetched from the internet
-    return gr.themes.Base(
+    theme = gr.themes.Base(
         primary_hue="teal",
         neutral_hue="slate",
+        radius_size="lg",
         font=[gr.themes.Font("sans-serif")],
         font_mono=[gr.themes.Font("monospace")],
+    )
+    # the stock grey and the stock button miss the contrast of 4.5 : 1 that small text needs
+    return theme.set(
+        body_background_fill="*neutral_50",
+        body_text_color_subdued="#556274",
+        body_text_color_subdued_dark="#a7b3c4",
+        block_label_text_color="#556274",
+        block_title_text_color="#556274",
+        block_title_text_color_dark="#a7b3c4",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white",
+        block_shadow="0 1px 2px rgba(15, 23, 42, .05)",
+        input_background_fill="*neutral_50",
     )

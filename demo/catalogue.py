@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,12 +130,6 @@ def size_text(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} B"
-
-
-def provenance(path: Path) -> dict[str, Any]:
-    """A checkpoint's vlm.json, or nothing."""
-    file = path / load.PROVENANCE
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def _hidden(path: Path, root: Path) -> bool:

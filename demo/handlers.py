@@ -146,10 +146,13 @@ class Handlers:
             session.busy = False
         return gr.update(interactive=True), gr.update(interactive=False)
 
-    def stop(self, session: Session | None) -> None:
+    def stop(self, session: Session | None) -> Any:
         """The engine ends after its current step and reports what there is; `answer` shows it like any other."""
+        import gradio as gr
+
         if session is not None:
             session.stop()
+        return gr.update(interactive=False)
 
     def new_chat(self, session: Session | None) -> tuple[Any, ...]:
         """Forget the conversation; the image stays."""

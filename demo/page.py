@@ -18,7 +18,7 @@ HEADER = (
     "<p>Ask a compressed vision-language model about a picture, and see where every millisecond went.</p></header>"
 )
 THUMBNAIL = 216  # twice the size it is shown at
-CHAT_EMPTY = "Choose an image, then ask a question about it."
+CHAT_EMPTY = "Choose an image, then ask.\n\nUnder each answer you will see how long every stage of the model took."
 # a click anywhere in an example's button sends its number to the server
 EXAMPLES_JS = """
 element.addEventListener('click', (event) => {

@@ -98,7 +98,7 @@ def render(view: Breakdown, model: str, first: bool = False) -> str:
         model: whose answer this is; escaped here.
         first: the first answer since the model was loaded, which pays for caches and lazy set-up.
     """
-    remarks = [escape(model), ENDS[view.finish], "first answer since loading, slower than the next" if first else ""]
+    remarks = [escape(model), ENDS[view.finish], "first answer since loading" if first else ""]
     return (
         f'<section class="lat" aria-label="Latency breakdown" data-total-ms="{view.total_ms:.6f}"'
         f' data-finish="{view.finish}">'

@@ -1,0 +1,121 @@
+"""One model in memory, events in order across threads, and every way out of an answer ends it in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from pathlib import Path
+
+import pytest
+
+from demo.catalogue import Entry
+from demo.session import Engines, Session, batches
+from runtime.api import Done, Event, Message, Sampling, Token
+from runtime.backend_fake import FakeBackend, FakeScript
+from runtime.engine import Engine
+from tests.demo.conftest import GatedBackend, WatchedEngine
+from vlm.errors import MissingPiece, UserError
+
+HELLO = [Message("user", ("hi",))]
+
+
+def entry(name: str) -> Entry:
+    return Entry(Path(name), name, "onnx", "int8", 1, True)
+
+
+def test_switching_frees_the_model_before_loading_the_next() -> None:
+    backends: dict[str, FakeBackend] = {}
+
+    def loader(path: Path) -> Engine:
+        assert all(backend.closed for backend in backends.values())
+        backends[path.name] = FakeBackend(name=path.name)
+        return Engine(backends[path.name])
+
+    engines = Engines([entry("a"), entry("b")], loader)
+    first = engines.use("a")
+    assert engines.use("a") is first
+    assert engines.count_answer()
+    assert not engines.count_answer()
+    assert engines.use("b").info.name == "b"
+    assert engines.count_answer()
+    assert (engines.info("a"), engines.holds("b")) == (None, True)
+    engines.close()
+    assert all(backend.closed for backend in backends.values())
+
+
+def test_a_model_that_fails_to_load_leaves_room_for_another() -> None:
+    def loader(path: Path) -> Engine:
+        if path.name == "a":
+            raise MissingPiece("install it")
+        return Engine(FakeBackend())
+
+    engines = Engines([entry("a"), entry("b")], loader)
+    with pytest.raises(MissingPiece):
+        engines.use("a")
+    assert not engines.holds("a")
+    assert engines.use("b")
+    with pytest.raises(UserError, match="not on offer"):
+        engines.use("../../elsewhere")
+    engines.close()
+
+
+def test_batches_keep_order_and_end_with_done() -> None:
+    async def collect(engine: Engine) -> list[Event]:
+        found = batches(engine, HELLO, Sampling(), threading.Event())
+        return [event async for batch in found for event in batch]
+
+    with Engine(FakeBackend(FakeScript("seven"))) as engine:
+        events = asyncio.run(collect(engine))
+    assert "".join(event.text for event in events if isinstance(event, Token)) == "seven"
+    assert isinstance(events[-1], Done)
+
+
+def test_leaving_early_stops_the_engine() -> None:
+    backend = GatedBackend(FakeScript("a long answer"), "gated")
+
+    async def leave(engine: Engine) -> None:
+        stream = batches(engine, HELLO, Sampling(), cancel)
+        async for batch in stream:
+            if any(isinstance(event, Token) for event in batch):
+                break
+        await stream.aclose()  # type: ignore[attr-defined]
+
+    cancel = threading.Event()
+    with WatchedEngine(backend) as engine:
+        asyncio.run(leave(engine))
+        assert cancel.is_set()
+        backend.let(1)
+        backend.script = FakeScript("")
+        list(engine.generate(HELLO, cancel=threading.Event()))  # runs after the first has ended
+    assert backend.calls.count("step") == 1
+
+
+def test_a_silent_model_still_gives_the_server_something_to_notice_a_closed_tab_by() -> None:
+    backend = GatedBackend(FakeScript("ab"), "gated")
+
+    async def quiet(engine: Engine) -> None:
+        async for batch in batches(engine, HELLO, Sampling(), threading.Event()):
+            if not batch:
+                return
+
+    with WatchedEngine(backend) as engine:
+        asyncio.run(quiet(engine))
+        backend.let(1)
+
+
+def test_the_models_own_error_reaches_the_caller() -> None:
+    async def run(engine: Engine) -> None:
+        async for _ in batches(engine, HELLO, Sampling(), threading.Event()):
+            pass
+
+    with Engine(FakeBackend(FakeScript(fail_at="prefill"))) as engine, pytest.raises(RuntimeError, match="prefill"):
+        asyncio.run(run(engine))
+
+
+def test_a_fresh_session_can_be_copied_and_stopped() -> None:
+    session = copy.deepcopy(Session())
+    session.stop()
+    session.cancel = threading.Event()
+    session.stop()
+    assert session.cancel.is_set()
