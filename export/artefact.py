@@ -20,7 +20,6 @@ import numpy as np
 from export import parity, to_gguf, to_onnx, to_tensorrt
 from export.backends import gate_of, open_backend
 from export.evidence import (
-    LIMIT,
     Evidence,
     accuracy,
     collect,
@@ -186,7 +185,7 @@ def measure(student: Student, evidence: Evidence, root: Path, manifest: Manifest
         for name, values in cases.items():
             found += parity.failures(name, values, gate)
         stop = student.checkpoint.tokenizer.spec.eos_token_ids
-        extra["golden_ids"] = list(greedy(backend, evidence.cases[0].prompt, stop, LIMIT))
+        extra["golden_ids"] = list(greedy(backend, evidence.cases[0].prompt, stop, len(evidence.golden.token_ids)))
         scores, missed = accuracy(backend, student.checkpoint.tokenizer, evidence, gate)
     finally:
         backend.close()

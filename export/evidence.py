@@ -40,6 +40,7 @@ class Evidence:
         cases: prompts of two lengths with forced continuations; the first is the golden sample.
         expected: PyTorch's logits and visual tokens per case.
         prompts, answers, truths: evaluation questions, PyTorch's greedy tokens, the right answers.
+        limit: most tokens an answer may have.
         task: name of the evaluation task, empty when the questions are not what the student was trained for.
     """
 
@@ -50,10 +51,11 @@ class Evidence:
     prompts: tuple[Prompt, ...]
     answers: tuple[tuple[int, ...], ...]
     truths: tuple[str, ...]
+    limit: int
     task: str
 
 
-def collect(student: Student, samples: int, seed: int) -> Evidence:
+def collect(student: Student, samples: int, seed: int, limit: int = LIMIT) -> Evidence:
     """Run the student in PyTorch on everything the gates compare.
 
     Raises:
@@ -64,7 +66,7 @@ def collect(student: Student, samples: int, seed: int) -> Evidence:
     backend = TorchBackend(student)
     shown = digits.sample("test", 0, seed=GOLDEN_SEED)
     golden_prompt = make_prompt(tokenizer, shown.image, shown.question)
-    answer = greedy(backend, golden_prompt, stop, LIMIT)
+    answer = greedy(backend, golden_prompt, stop, limit)
     cases = (
         Case("golden", golden_prompt, greedy(backend, golden_prompt, (), STEPS)),
         Case("noise", *_noise_case(student, seed)),
@@ -80,8 +82,9 @@ def collect(student: Student, samples: int, seed: int) -> Evidence:
         expected=expected,
         prefill_all=backend.prefill_all(cases[1].prompt),
         prompts=prompts,
-        answers=tuple(greedy_batch(student, prompts, stop, LIMIT)),
+        answers=tuple(greedy_batch(student, prompts, stop, limit)),
         truths=tuple(s.answer for s in drawn),
+        limit=limit,
         task="digits" if "digits" in str(student.checkpoint.provenance).lower() else "",
     )
 
@@ -131,7 +134,7 @@ def accuracy(
         return {"task": None, "n": 0}, []
     stop = tokenizer.spec.eos_token_ids
     got = [
-        greedy(backend, prompt, stop, LIMIT)
+        greedy(backend, prompt, stop, evidence.limit)
         for prompt in track(evidence.prompts, len(evidence.prompts), "compare greedy answers")
     ]
     equal = [float(a == b) for a, b in zip(got, evidence.answers, strict=True)]

@@ -14,6 +14,7 @@ from export import build_engine
 from export.declare import NEW, PAST, TOTAL, GraphSpec, delta_spec, vision_spec
 from export.student import Student
 from export.to_onnx import save, trace
+from vlm.errors import GateFailed
 from vlm.files import sha256_file
 
 PLAN_SCHEMA = "vlm-build-plan/1"
@@ -22,6 +23,39 @@ RESERVED_ROWS = 1
 MAX_IMAGES = 4
 WORKSPACE = 1 << 30
 CONTEXT_LIMIT = 4096
+# every operator and element type here is parsed by TensorRT 10.3 and later; no plugin, no contrib operator
+PLAIN_OPS = frozenset(
+    [
+        "Add",
+        "Cast",
+        "Concat",
+        "Conv",
+        "Cos",
+        "Div",
+        "Erf",
+        "Expand",
+        "Gather",
+        "LayerNormalization",
+        "MatMul",
+        "Mul",
+        "Neg",
+        "Pow",
+        "ReduceMean",
+        "Reshape",
+        "Shape",
+        "Sigmoid",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Tanh",
+        "Transpose",
+        "Unsqueeze",
+    ]
+)
+PLAIN_TYPES = frozenset({"FLOAT", "FLOAT16", "INT64", "INT32", "BOOL"})
 
 
 def write(student: Student, root: Path, precision: str) -> tuple[list[tuple[Path, str]], dict[str, Any]]:
@@ -45,6 +79,7 @@ def write(student: Student, root: Path, precision: str) -> tuple[list[tuple[Path
     for stem, module, spec, role in graphs:
         path = root / "onnx" / f"{stem}.onnx"
         extra = save(trace(module, spec, student), path)
+        check_plain(path)
         files += [(path, role), *extra]
     table = root / "embed_tokens.npy"
     np.save(table, student.model.model.language_model.embed_tokens.weight.numpy().astype(name))
@@ -54,6 +89,26 @@ def write(student: Student, root: Path, precision: str) -> tuple[list[tuple[Path
     shutil.copyfile(build_engine.__file__, script)
     files += [(table, "embed_tokens"), (plan, "build_plan"), (script, "build_script")]
     return files, {"vision_encoder": vision.to_json(), "decoder": decoder.to_json()}
+
+
+def check_plain(path: Path) -> None:
+    """Hold a graph to the operators every supported TensorRT parses.
+
+    Raises:
+        GateFailed: names the first operator or type outside the list.
+    """
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    for node in graph.node:
+        if node.op_type not in PLAIN_OPS or node.domain not in ("", "ai.onnx"):
+            raise GateFailed(
+                f"{path.name} uses {node.domain or 'ai.onnx'}.{node.op_type}, which TensorRT may not parse"
+            )
+    for tensor in graph.initializer:
+        name = onnx.TensorProto.DataType.Name(tensor.data_type)
+        if name not in PLAIN_TYPES:
+            raise GateFailed(f"{path.name} holds a {name} tensor ({tensor.name}), which TensorRT does not take")
 
 
 def make_plan(student: Student, root: Path, vision: GraphSpec, decoder: GraphSpec) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from export import parity
 from export.backends import chat_tokenizer, gate_of, open_backend
-from export.evidence import LIMIT, load_reference
+from export.evidence import load_reference
 from export.replay import greedy, make_prompt
 from vlm.manifest import check_files, read_manifest
 from vlm.preprocess import open_image
@@ -35,7 +35,7 @@ def verify(root: Path) -> dict[str, Any]:
     backend = open_backend(root, manifest)
     try:
         measured = parity.replay_case(backend, prompt, expected)
-        ids = greedy(backend, prompt, tokenizer.spec.eos_token_ids, LIMIT)
+        ids = greedy(backend, prompt, tokenizer.spec.eos_token_ids, len(golden.token_ids))
     finally:
         backend.close()
     found += parity.failures("golden", measured, gate)

@@ -1,0 +1,100 @@
+"""Tiny random students, exported once per session and shared by all tests of this room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.artefact import build, measure
+from export.evidence import Evidence, collect
+from export.options import ExportOptions
+from export.student import Student, open_student
+from tests.tiny import make_student
+from vlm.load import open_checkpoint
+from vlm.manifest import Manifest, read_manifest, write_manifest
+
+SAMPLES = 6
+# the next token of a random student is often a near tie, which half precision may turn: short answers, few ties
+LIMIT = 2
+
+
+def logit_failures(lines: list[str]) -> list[str]:
+    """Failures without those about greedy answers, which say little about a student that has learned nothing."""
+    return [line for line in lines if "greedy" not in line]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A student with PyTorch's answers."""
+
+    directory: Path
+    student: Student
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An artefact on disk; tests copy it before they break it."""
+
+    root: Path
+    subject: Subject
+    manifest: Manifest
+
+    def copy_to(self, target: Path) -> Path:
+        return Path(shutil.copytree(self.root, target))
+
+    def measure_again(self, root: Path, manifest: Manifest | None = None) -> Manifest:
+        return measure(self.subject.student, self.subject.evidence, root, manifest or read_manifest(root))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subject]:
+    """Factory: (tower, decoder, further Shape fields) -> subject, made once per combination."""
+    made: dict[str, Subject] = {}
+
+    def get(tower: str, decoder: str, **sizes: Any) -> Subject:
+        key = json.dumps([tower, decoder, sizes], sort_keys=True)
+        if key not in made:
+            directory = make_student(
+                tmp_path_factory.mktemp("students") / f"{tower}-{decoder}", tower=tower, decoder=decoder, **sizes
+            )
+            student = open_student(open_checkpoint(directory))
+            made[key] = Subject(directory, student, collect(student, SAMPLES, seed=0, limit=LIMIT))
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def exported(subjects: Callable[..., Subject], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """Factory: (target, precision, tower, decoder, ...) -> artefact, measured, made once per combination."""
+    made: dict[str, Exported] = {}
+
+    def get(target: Any, precision: str, tower: str, decoder: str, **sizes: Any) -> Exported:
+        key = json.dumps([target, precision, tower, decoder, sizes], sort_keys=True)
+        if key not in made:
+            subject = subjects(tower, decoder, **sizes)
+            root = tmp_path_factory.mktemp("artefacts") / f"{tower}-{decoder}-{target}-{precision}"
+            root.mkdir()
+            run = ExportOptions(target, subject.directory, root, precision, SAMPLES)
+            manifest = measure(
+                subject.student, subject.evidence, root, build(subject.student, subject.evidence, run, root)
+            )
+            write_manifest(root, manifest)
+            made[key] = Exported(root, subject, manifest)
+        return made[key]
+
+    return get

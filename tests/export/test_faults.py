@@ -1,0 +1,161 @@
+"""The gate must see real mistakes: each fault is injected into files that were right, and must be caught."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export import to_gguf
+from tests.export.conftest import logit_failures
+from vlm.manifest import read_manifest
+
+
+def _edit_onnx(root: Path, stem: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Load a graph with its weights as arrays by name, apply `change`, write it back in the same layout."""
+    import onnx
+    from onnx import numpy_helper
+
+    path = root / "onnx" / f"{stem}.onnx"
+    model = onnx.load(str(path))
+    weights = {t.name: numpy_helper.to_array(t).copy() for t in model.graph.initializer}
+    change(weights)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
+    data = path.with_name(path.name + "_data")
+    data.unlink()
+    onnx.save(model, str(path), save_as_external_data=True, location=data.name, size_threshold=1024)
+
+
+def _swap_kv(w: dict[str, Any]) -> None:
+    w["layers.0.k.weight"], w["layers.0.v.weight"] = w["layers.0.v.weight"], w["layers.0.k.weight"]
+
+
+def _scale_q(w: dict[str, Any]) -> None:
+    w["layers.1.q.weight"] *= 1.02
+
+
+def _drop_block(w: dict[str, Any]) -> None:
+    for name in ("blocks.1.o.weight", "blocks.1.fc2.weight"):
+        w[name][:] = 0
+
+
+def _one_weight(w: dict[str, Any]) -> None:
+    w["layers.0.up.weight"][3, 5] += 3 * w["layers.0.up.weight"].std()
+
+
+def _rolled_positions(w: dict[str, Any]) -> None:
+    w["positions"][:] = np.roll(w["positions"], 1, axis=0)
+
+
+def _half_precision(w: dict[str, Any]) -> None:
+    w["layers.0.down.weight"] = w["layers.0.down.weight"].astype(np.float16).astype(np.float32)
+
+
+def _rope_base(w: dict[str, Any]) -> None:
+    w["inv_freq"] *= 1.01
+
+
+ONNX_FAULTS = {
+    "swapped keys and values": ("decoder_model_merged", _swap_kv),
+    "q scaled by 1.02": ("decoder_model_merged", _scale_q),
+    "dropped vision block": ("vision_encoder", _drop_block),
+    "one weight changed": ("decoder_model_merged", _one_weight),
+    "rolled vision positions": ("vision_encoder", _rolled_positions),
+    "one matrix in half precision": ("decoder_model_merged", _half_precision),
+    "other rope base": ("decoder_model_merged", _rope_base),
+}
+
+
+@pytest.mark.parametrize("fault", ONNX_FAULTS)
+def test_onnx_gate_catches(exported: Callable[..., Any], tmp_path: Path, fault: str) -> None:
+    made = exported("onnx", "fp32", "siglip", "qwen2")
+    root = made.copy_to(tmp_path / "broken")
+    _edit_onnx(root, *ONNX_FAULTS[fault])
+    manifest = made.measure_again(root)
+    assert not manifest.verified
+    assert any(line.startswith("golden") for line in manifest.parity["failures"]), manifest.parity["failures"]
+
+
+def test_rewriting_without_a_fault_passes(exported: Callable[..., Any], tmp_path: Path) -> None:
+    made = exported("onnx", "fp32", "siglip", "qwen2")
+    root = made.copy_to(tmp_path / "same")
+    _edit_onnx(root, "decoder_model_merged", lambda _: None)
+    assert made.measure_again(root).verified
+
+
+@pytest.mark.parametrize(("target", "precision"), [("onnx", "fp32"), ("tensorrt", "fp16")])
+def test_wrong_mean_is_caught(exported: Callable[..., Any], target: str, precision: str) -> None:
+    made = exported(target, precision, "siglip", "llama")
+    wrong = dataclasses.replace(made.manifest, image={**made.manifest.image, "mean": [0.45, 0.5, 0.5]})
+    assert logit_failures(made.measure_again(made.root, wrong).parity["failures"])
+
+
+def _gguf_with(made: Any, root: Path, change: Callable[[Any], None]) -> Any:
+    """Write both GGUF files of a changed copy of the student into a copy of the artefact."""
+    root = made.copy_to(root)
+    manifest = read_manifest(root)
+    student = dataclasses.replace(made.subject.student, model=copy.deepcopy(made.subject.student.model))
+    change(student)
+    to_gguf.write_text(student, manifest.path_of(root, "text_gguf"), manifest.pair_id, "")
+    to_gguf.write_mmproj(student, manifest.path_of(root, "mmproj"), manifest.pair_id)
+    return made.measure_again(root)
+
+
+def _gguf_swap_kv(student: Any) -> None:
+    attention = student.model.model.language_model.layers[0].self_attn
+    attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
+
+
+def _gguf_scale_q(student: Any) -> None:
+    student.model.model.language_model.layers[1].self_attn.q_norm.weight.mul_(1.1)
+
+
+def _gguf_drop_block(student: Any) -> None:
+    student.model.config.vision_config.num_hidden_layers -= 1
+
+
+def _gguf_one_weight(student: Any) -> None:
+    weight = student.model.model.language_model.layers[0].mlp.up_proj.weight
+    weight[3, 5] += 10 * weight.std()
+
+
+GGUF_FAULTS = {
+    "swapped keys and values": _gguf_swap_kv,
+    "q scaled": _gguf_scale_q,
+    "dropped vision block": _gguf_drop_block,
+    "one weight changed": _gguf_one_weight,
+}
+
+
+@pytest.mark.parametrize("fault", GGUF_FAULTS)
+def test_gguf_gate_catches(exported: Callable[..., Any], tmp_path: Path, fault: str) -> None:
+    made = exported("gguf", "f16", "siglip", "qwen3")
+    manifest = _gguf_with(made, tmp_path / "broken", GGUF_FAULTS[fault])
+    assert not manifest.verified
+    assert logit_failures(manifest.parity["failures"])
+
+
+def test_gguf_gate_catches_a_wrong_mean(
+    exported: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported("gguf", "f16", "siglip", "qwen3")
+    student = made.subject.student
+    image = dataclasses.replace(student.checkpoint.image, mean=(0.45, 0.5, 0.5))
+    checkpoint = dataclasses.replace(student.checkpoint, image=image)
+    root = made.copy_to(tmp_path / "broken")
+    manifest = read_manifest(root)
+    to_gguf.write_mmproj(
+        dataclasses.replace(student, checkpoint=checkpoint), manifest.path_of(root, "mmproj"), manifest.pair_id
+    )
+    assert logit_failures(made.measure_again(root).parity["failures"])
+
+
+def test_gguf_rewriting_without_a_fault_passes(exported: Callable[..., Any], tmp_path: Path) -> None:
+    made = exported("gguf", "f16", "siglip", "qwen3")
+    assert logit_failures(_gguf_with(made, tmp_path / "same", lambda _: None).parity["failures"]) == []

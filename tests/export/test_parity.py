@@ -1,0 +1,93 @@
+"""Every architecture in every format is the same function as the PyTorch student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.parity import expect
+from export.verify import verify
+from tests.export.conftest import LIMIT, logit_failures
+from vlm.chat import user_message
+
+DECODERS = ("qwen2", "qwen3", "llama")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_onnx_equals_pytorch(exported: Callable[..., Any], tower: str, decoder: str) -> None:
+    manifest = exported("onnx", "fp32", tower, decoder).manifest
+    assert manifest.parity["failures"] == []
+    assert manifest.verified
+    assert manifest.parity["worst"]["prefill"] <= 3e-4
+    assert manifest.parity["worst"]["top1"] == 1.0
+    assert set(manifest.parity["cases"]) == {"golden", "noise", "every_position", "batch_of_two"}
+    assert manifest.accuracy["tokens_equal"] == 1.0
+
+
+@pytest.mark.parametrize("precision", ["f16", "q8_0"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_gguf_equals_pytorch(exported: Callable[..., Any], decoder: str, precision: str) -> None:
+    manifest = exported("gguf", precision, "siglip", decoder).manifest
+    assert logit_failures(manifest.parity["failures"]) == []
+    assert manifest.parity["tokenisation"]["different"] == 0
+    if precision == "f16":
+        assert manifest.parity["worst"]["prefill"] <= 0.03
+
+
+@pytest.mark.parametrize("decoder", ["qwen3", "llama"])
+def test_tensorrt_graphs_equal_pytorch(exported: Callable[..., Any], decoder: str) -> None:
+    manifest = exported("tensorrt", "fp16", "siglip", decoder).manifest
+    assert logit_failures(manifest.parity["failures"]) == []
+
+
+def test_tensorrt_fp32_graphs_of_a_clip_student_with_an_early_feature_layer(exported: Callable[..., Any]) -> None:
+    made = exported("tensorrt", "fp32", "clip", "qwen2", feature_layer=-2)
+    assert made.manifest.verified, made.manifest.parity["failures"]
+
+
+def test_gguf_with_early_feature_layer_untied_head_and_equal_vision_widths(exported: Callable[..., Any]) -> None:
+    """Three llama.cpp traps at once: the block count, output.weight, and swapped feed-forward names."""
+    made = exported(
+        "gguf", "f16", "siglip", "qwen3", feature_layer=-2, tied=False, vision_intermediate=64, vision_hidden=64
+    )
+    assert logit_failures(made.manifest.parity["failures"]) == []
+    assert made.manifest.parity["worst"]["features"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "tower"),
+    [("onnx", "fp32", "clip"), ("gguf", "f16", "siglip"), ("tensorrt", "fp16", "siglip")],
+)
+def test_verify_replays_on_this_machine(exported: Callable[..., Any], target: str, precision: str, tower: str) -> None:
+    report = verify(exported(target, precision, tower, "llama").root)
+    assert logit_failures(report["failures"]) == []
+
+
+def test_reference_is_the_models_own_generate(subjects: Callable[..., Any]) -> None:
+    """The hand-written greedy loop against transformers' generate, through the checkpoint's own processor."""
+    import torch
+    from transformers import AutoProcessor
+
+    subject = subjects("siglip", "qwen2")
+    evidence = subject.evidence
+    processor = AutoProcessor.from_pretrained(subject.directory)
+    for prompt, answer in list(zip(evidence.prompts, evidence.answers, strict=True))[:3]:
+        text = processor.apply_chat_template([user_message(prompt.question)], add_generation_prompt=True)
+        inputs = processor(images=prompt.image, text=text, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == list(prompt.ids)
+        with torch.no_grad():
+            ids = subject.student.model.generate(**inputs, do_sample=False, max_new_tokens=LIMIT)
+        assert tuple(ids[0, len(prompt.ids) :].tolist()) == answer
+
+
+def test_expected_keeps_the_most_likely_tokens() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 1000)).astype(np.float32)
+    stored = expect(logits, rng.normal(size=(100, 4)).astype(np.float32), (1, 2))
+    assert stored.top_ids.shape == (3, 256)
+    assert (stored.top_ids[:, 0] == logits.argmax(1)).all()
+    assert stored.features.shape == (64, 4)
