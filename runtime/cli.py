@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str]) -> int:
     """Parse and run; the return value is the exit code."""
+    # Pillow's warning about a size that our own limit refuses anyway, in one line
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     arguments = parser().parse_args(argv)
     command: Command = arguments.run
     return command(arguments)

@@ -6,6 +6,7 @@ Writes `vlm-profile/1`. Fields that were not measured are null, never 0.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -109,14 +110,13 @@ class Child:
         return reply
 
     def send(self, value: dict[str, Any]) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died: `receive` says how
             _pipe(self._process.stdin).write(json.dumps(value) + "\n")
             _pipe(self._process.stdin).flush()
-        except BrokenPipeError:
-            pass  # it died: `receive` says how
 
     def close(self) -> None:
-        _pipe(self._process.stdin).close()
+        with contextlib.suppress(BrokenPipeError):  # unsent bytes to a process that died
+            _pipe(self._process.stdin).close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:

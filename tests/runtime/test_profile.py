@@ -1,0 +1,163 @@
+"""The profiler end to end: scripted backend and tiny real models, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.api import STAGES
+from runtime.latency import Timing
+from runtime.options import LoadOptions
+from runtime.profiler import Child, Measured, ProfileOptions, measure
+from runtime.report import report, tables
+from runtime.workload import Workload, make_workload
+from vlm.errors import MissingPiece, UserError
+
+from .conftest import Command
+
+WORK = Workload("digits", 0)
+
+
+@pytest.fixture(scope="module")
+def two_fakes() -> list[Measured]:
+    return measure(["first", "second"], ProfileOptions(backend="fake", requests=4, output_tokens=5), WORK)
+
+
+def test_requests_take_turns(two_fakes: list[Measured]) -> None:
+    first, second = two_fakes
+    order = sorted([(t, "a") for t in first.started_s] + [(t, "b") for t in second.started_s])
+    assert "".join(name for _, name in order) == "abababab"
+
+
+def test_no_image_comes_twice_to_one_model(two_fakes: list[Measured]) -> None:
+    for result in two_fakes:
+        assert len(set(result.digests)) == len(result.digests) == result.warm_runs + 4
+    assert two_fakes[0].digests[-4:] == two_fakes[1].digests[-4:], "both models must see the same images"
+
+
+def test_warm_up_is_bounded_and_kept_apart(two_fakes: list[Measured]) -> None:
+    for result in two_fakes:
+        assert 6 <= result.warm_runs <= 20
+        assert result.cold_ttft_ms is not None
+        assert len(result.timings) == 4
+
+
+def test_profile_json_of_a_scripted_backend(two_fakes: list[Measured]) -> None:
+    options = ProfileOptions(backend="fake", requests=4, output_tokens=5)
+    value = json.loads(json.dumps(report(two_fakes, options, WORK), allow_nan=False))
+    assert (value["schema"], value["valid"]) == ("vlm-profile/1", True)
+    assert value["environment"]["host"]["cores"] >= 1
+    first = value["profiles"][0]
+    assert first["model"]["backend"] == "fake"
+    assert first["model"]["artifact_bytes"] is None
+    assert (first["energy"], first["roofline"], first["memory_mb"]["peak_device"]) == (None, None, None)
+    assert first["counts"] == {"requests": 4, "failed": 0, "cancelled": 0, "cached_tokens": 0}
+    assert first["metrics"]["ttft_ms"]["n"] == 4
+    assert first["metrics"]["ttft_ms"]["p90"] is None
+    assert first["metrics"]["itl_ms"]["n"] == 4 * 4
+    assert first["scenario"]["output_tokens"] == 5
+    assert first["memory_mb"]["peak_rss"] > 10
+    assert set(first["stages_ms"]) == set(STAGES)
+    text = tables(value)
+    assert "first" in text
+    assert "4 requests are too few" in text
+
+
+def test_real_models_side_by_side(command: Command, onnx_artifact: Path, gguf_artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    arguments = ["profile", onnx_artifact, gguf_artifact, "--requests", "3", "--output-tokens", "6", "--json"]
+    result = command(["runtime", *arguments, "--out", out])
+    assert result.returncode == 0, result.stderr
+    value = json.loads(out.read_text())
+    assert value == json.loads(result.stdout.splitlines()[-1])
+    assert value["valid"]
+    assert [p["model"]["backend"] for p in value["profiles"]] == ["onnx", "gguf"]
+    for profile in value["profiles"]:
+        assert profile["scenario"]["image_tokens"] == 16
+        assert profile["counts"]["cached_tokens"] == 0
+        assert profile["warmup"]["cold_load_s"] > 0
+        means = [stage["mean"] for stage in profile["stages_ms"].values() if stage]
+        assert sum(means) == pytest.approx(profile["metrics"]["e2el_ms"]["mean"], rel=0.01)
+    ids = {p["model"]["weights_sha256"] for p in value["profiles"]}
+    assert len(ids) == 1, "both were made of one student"
+
+
+def made_up(prompt_tokens: int, stages: dict[str, float]) -> Timing:
+    return Timing(5.0, 2.0, (2.0,), 7.0, stages, prompt_tokens, 4, 0, 2)
+
+
+def measured(prompt_tokens: int, stages: dict[str, float] | None = None) -> Measured:
+    info: dict[str, Any] = dict.fromkeys(
+        (
+            *("name", "weights_sha256", "backend", "device", "precision", "artifact_bytes", "decoder_weight_bytes"),
+            *("lm_head_bytes", "kv_bytes_per_token", "context_length", "threads"),
+        )
+    )
+    times = [made_up(prompt_tokens, stages or {"prefill": 5.0, "decode": 2.0})]
+    return Measured("x", {**info, "name": "x"}, 1.0, timings=times, started_s=[0.0], memory_method="m")
+
+
+def test_different_work_is_not_comparable() -> None:
+    options = ProfileOptions(requests=1)
+    assert report([measured(20), measured(20)], options, WORK)["valid"]
+    value = report([measured(20), measured(21)], options, WORK)
+    assert not value["valid"]
+    assert "not comparable: prompt_tokens differs (20, 21)" in value["warnings"]
+
+
+def test_stages_that_did_not_happen_are_null() -> None:
+    profile = report([measured(20)], ProfileOptions(requests=1), WORK)["profiles"][0]
+    assert profile["stages_ms"]["vision_encode"] is None
+    assert profile["stages_ms"]["prefill"]["p50"] == 5.0
+    assert profile["memory_mb"]["peak_rss"] is None
+    assert profile["throughput"]["decode_tok_s"] == pytest.approx(500.0)
+
+
+def test_unsettled_warm_up_is_a_warning() -> None:
+    result = measured(20)
+    result.warm_runs, result.warm_cv = 20, 0.4
+    assert "varied by 40 %" in report([result], ProfileOptions(requests=1), WORK)["warnings"][0]
+
+
+def test_a_dead_model_process_is_reported() -> None:
+    child = Child("fake", ProfileOptions(backend="fake"))
+    try:
+        child.receive()
+        child._process.kill()
+        child._process.wait()
+        child.send({"image": "", "question": "", "output_tokens": 2})
+        with pytest.raises(MissingPiece, match="ended with status -9"):
+            child.receive()
+    finally:
+        child.close()
+
+
+def test_faults_of_the_artefact_reach_the_caller(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a directory"):
+        measure([str(tmp_path / "nothing")], ProfileOptions(requests=1), WORK)
+
+
+def test_answers_shorter_than_asked_are_refused() -> None:
+    options = ProfileOptions(backend="fake", requests=1, output_tokens=5000, load=LoadOptions(context=64))
+    with pytest.raises(UserError, match="of 5000 output tokens"):
+        measure(["fake"], options, WORK)
+
+
+def test_workload_repeats_by_seed_and_differs_by_index(tmp_path: Path) -> None:
+    from PIL import Image as Pillow
+
+    assert WORK.png(3) == WORK.png(3) != WORK.png(4)
+    assert Workload("digits", 1).png(3) != WORK.png(3)
+    Pillow.new("RGB", (30, 20), (200, 100, 50)).save(tmp_path / "photo.jpg")
+    work = make_workload(tmp_path / "photo.jpg", 0)
+    assert (work.name, work.size) == ("photo.jpg + noise", (30, 20))
+    assert work.png(0) != work.png(1)
+
+
+@pytest.mark.parametrize("options", [{"requests": 0}, {"output_tokens": 1}])
+def test_scenarios_without_a_result_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError):
+        ProfileOptions(**options)  # type: ignore[arg-type]
