@@ -47,7 +47,9 @@ def _open(root: Path, backend: str, options: LoadOptions) -> Backend:
         return open_torch(root, options)
     manifest = read_manifest(root)
     if backend not in ("auto", manifest.format):
-        raise UserError(f"{root} has format {manifest.format!r}, backend {backend!r} cannot run it; use `auto`")
+        raise UserError(
+            f"{root} has format {manifest.format!r}, backend {backend!r} cannot run it; use `--backend auto`"
+        )
     if manifest.format == "onnx":
         from runtime.backend_onnx import open_onnx
 
