@@ -90,12 +90,13 @@ class TrainConfig:
         weight_decay: AdamW decay.
         max_grad_norm: gradient clipping.
         freeze_vision: keep the vision tower fixed.
-        bf16: train in bfloat16 autocast (CUDA).
+        bf16: train in bfloat16 autocast; weights and optimiser stay float32.
         eval_every: steps between evaluations; 0 only at the end.
         eval_samples: held-out samples for task accuracy.
         save_every: steps between checkpoints.
         log_every: steps between log lines.
         samples: how many distinct training samples the preset's stream holds.
+        augment: shift, turn and re-ink the preset's training scans.
         seed: data order, initialisation and candidates.
         threads: CPU threads; 0 leaves torch's choice.
         weights: weights of the loss terms.
@@ -125,6 +126,7 @@ class TrainConfig:
     save_every: int = 500
     log_every: int = 20
     samples: int = 50_000
+    augment: bool = False
     seed: int = 0
     threads: int = 0
     weights: LossWeights = field(default_factory=LossWeights)

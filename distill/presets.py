@@ -7,9 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distill.assemble import Shape
+from distill.assemble import Shape, build_model, build_processor, build_tokenizer, save_checkpoint
 from distill.config import TrainConfig
+from vlm import digits
 from vlm.errors import CheckpointError
+from vlm.files import atomic_dir
+from vlm.load import PROVENANCE
 
 # compact student: 2 decoder layers against the teacher's 4, a narrower and shallower tower
 DIGITS_STUDENT = Shape(vision_hidden=96, vision_layers=3, vision_intermediate=192, layers=2, intermediate=512)
@@ -30,12 +33,14 @@ DIGITS_TRAIN: dict[str, Any] = {
 TEACHER_TRAIN: dict[str, Any] = {
     "preset": "digits",
     "objective": "sft",
-    "steps": 4000,
-    "batch_size": 64,
+    "steps": 4500,
+    "batch_size": 48,
     "lr": 1e-3,
     "warmup": 0.025,
     "weight_decay": 0.01,
     "samples": 1_000_000,
+    "augment": True,
+    "bf16": True,
     "eval_every": 1000,
     "eval_samples": 1000,
     "save_every": 500,
@@ -61,5 +66,22 @@ def digits_teacher() -> Path:
 
 
 def teacher_config(config: TrainConfig) -> TrainConfig:
-    """The configuration that trains the digits teacher, keeping seed, output and resume from `config`."""
-    return dataclasses.replace(TrainConfig(**TEACHER_TRAIN), seed=config.seed, out=config.out, resume=config.resume)
+    """The configuration that trains the digits teacher from scratch, keeping seed, output and resume of `config`.
+
+    Writes the untrained network with its tokenizer and processor to OUT/untrained.
+    """
+    untrained = config.out / "untrained"
+    if not (untrained / PROVENANCE).is_file():
+        tokenizer = build_tokenizer(digits.texts())
+        with atomic_dir(untrained) as work:
+            save_checkpoint(
+                build_model(DIGITS_TEACHER, tokenizer, config.seed), build_processor(tokenizer, DIGITS_TEACHER), work, {}
+            )
+    return dataclasses.replace(
+        TrainConfig(**TEACHER_TRAIN),
+        seed=config.seed,
+        out=config.out,
+        resume=config.resume,
+        threads=config.threads,
+        student=str(untrained),
+    )

@@ -82,7 +82,7 @@ def train(config: TrainConfig) -> TrainResult:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     started = time.monotonic()
-    run = _load(config)
+    run = load_run(config)
     config.out.mkdir(parents=True, exist_ok=True)
     write_atomic(config.out / CONFIG, json.dumps(config_to_json(config), indent=1) + "\n")
     objective = Objective(config.terms, config.weights, config.align, run.teacher, run.vocabulary, _iva_layer(run))
@@ -109,12 +109,17 @@ def _open_run_directory(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _load(config: TrainConfig) -> Run:
+def load_run(config: TrainConfig) -> Run:
+    """Open teacher, student and data of a configuration.
+
+    Raises:
+        UserError: one of them is missing, damaged, or they do not fit together.
+    """
     teacher_source = None
-    if config.preset == "digits":
-        teacher_source = open_checkpoint(_local(config.teacher) if config.teacher else presets.digits_teacher())
-    elif config.teacher:
+    if config.teacher:
         teacher_source = open_checkpoint(_local(config.teacher))
+    elif config.preset == "digits" and (config.needs_teacher or not config.student):
+        teacher_source = open_checkpoint(presets.digits_teacher())
     if config.needs_teacher and teacher_source is None:
         raise UserError(f"objective {config.objective!r} needs a teacher; pass --teacher DIR or --objective sft")
     student, student_source = _student(config, teacher_source)
@@ -165,10 +170,10 @@ def _data(config: TrainConfig, student: Checkpoint) -> Data:
     if config.preset == "digits" and config.data is None:
         tokenizer, image = student.tokenizer, student.image
         return Data(
-            DigitsExamples("train", config.samples, tokenizer, image, config.seed, augment=False),
+            DigitsExamples("train", config.samples, tokenizer, image, config.seed, config.augment),
             DigitsExamples("validation", config.eval_samples, tokenizer, image),
             DigitsExamples("test", config.eval_samples, tokenizer, image),
-            {"name": "digits", "sha256": digits.data_sha256(), "samples": config.samples},
+            {"name": "digits", "sha256": digits.data_sha256(), "samples": config.samples, "augment": config.augment},
         )
     if config.data is None:
         raise UserError("no data to train on; pass --data F --images D or --preset digits")

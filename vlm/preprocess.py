@@ -5,9 +5,11 @@ Shape legend: C = 3 channels, H = height, W = width.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +119,7 @@ def open_image(source: Path | bytes) -> Image.Image:
         BadImage: missing, truncated, too large, or not one of FORMATS.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
+    _quiet_bomb_warning()
     try:
         data = source if isinstance(source, bytes) else _read_limited(source)
         if len(data) > MAX_BYTES:
@@ -142,6 +145,12 @@ def open_image(source: Path | bytes) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
         raise BadImage(f"{name} is damaged ({error}); save it again") from None
     return to_rgb(image)
+
+
+@functools.cache
+def _quiet_bomb_warning() -> None:
+    """Our own pixel limit is lower than Pillow's and refuses with a clear message; its warning would only add noise."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _read_limited(path: Path) -> bytes:

@@ -1,0 +1,251 @@
+"""Objectives x seeds, fairly: each objective gets the same learning-rate sweep, equal steps, and equal time.
+
+Time is made equal through measured step times (interleaved in one process), not by stopping runs at a wall clock:
+on a shared machine the latter would reward whichever run met less noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill import presets
+from distill.config import OBJECTIVES, TrainConfig
+from vlm.console import Parser, Progress, note, print_json, table
+from vlm.errors import ToolError, UserError
+from vlm.files import write_atomic
+from vlm.load import PROVENANCE
+
+SWEEP_SEED = 9001
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare; one folder keeps every run, so an interrupted comparison goes on where it stopped."""
+
+    preset: str
+    objectives: tuple[str, ...]
+    seeds: int
+    lrs: tuple[float, ...]
+    steps: int
+    sweep_steps: int
+    jobs: int
+    out: Path
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One objective under one budget."""
+
+    objective: str
+    budget: str
+    steps: int
+    lr: float
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.scores)
+
+    @property
+    def std(self) -> float:
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+def parse(argv: Sequence[str]) -> Plan:
+    parser = Parser(
+        prog="python -m distill compare",
+        description="Train every objective with every seed at equal steps and at equal time; print mean and spread.",
+        epilog="example: python -m distill compare --preset digits --objectives sft,kd,align-ti --seeds 3",
+    )
+    parser.add_argument("--preset", default="digits", choices=sorted(presets.PRESETS))
+    parser.add_argument("--objectives", default="sft,kd,align-ti", help=f"comma-separated, of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
+    parser.add_argument("--lrs", default="1e-3,2e-3,4e-3", help="learning rates every objective is tried with")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the equal-steps budget (default: the preset's)")
+    parser.add_argument("--sweep-steps", type=int, default=0, help="steps of a sweep run (default: same as --steps)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(list(argv))
+    objectives = tuple(name.strip() for name in args.objectives.split(",") if name.strip())
+    for name in objectives:
+        if name not in OBJECTIVES:
+            raise UserError(f"objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
+    if not objectives or args.seeds < 1 or args.jobs < 1:
+        raise UserError("name at least one objective, one seed and one job")
+    try:
+        lrs = tuple(float(value) for value in args.lrs.split(","))
+    except ValueError:
+        raise UserError(f"--lrs {args.lrs!r} is not a comma-separated list of numbers, e.g. 1e-3,2e-3") from None
+    steps = args.steps or presets.defaults(args.preset).steps
+    return Plan(
+        args.preset, objectives, args.seeds, lrs, steps, args.sweep_steps or steps, args.jobs, args.out, args.json
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    plan = parse(argv)
+    started = time.monotonic()
+    lrs = _sweep(plan)
+    seconds = _step_times(plan)
+    slowest = max(seconds.values())
+    budgets = {name: max(plan.steps, round(plan.steps * slowest / seconds[name])) for name in plan.objectives}
+    base = presets.defaults(plan.preset)
+    wanted = {
+        (name, budget, seed): _config(plan, base, f"{name}-{steps}steps-seed{seed}", name, steps, lrs[name], seed)
+        for name in plan.objectives
+        for budget, steps in (("steps", plan.steps), ("time", budgets[name]))
+        for seed in range(plan.seeds)
+    }
+    _run_all(plan, list({config.out: config for config in wanted.values()}.values()), "compare")
+    cells = []
+    for budget in ("steps", "time"):
+        for name in plan.objectives:
+            configs = [wanted[name, budget, seed] for seed in range(plan.seeds)]
+            scores = tuple(float(_provenance(config)["exact_match"]) for config in configs)
+            cells.append(Cell(name, budget, configs[0].steps, lrs[name], scores))
+    _print(plan, cells, seconds, time.monotonic() - started)
+    return 0
+
+
+def _config(plan: Plan, base: TrainConfig, name: str, objective: str, steps: int, lr: float, seed: int) -> TrainConfig:
+    return dataclasses.replace(
+        base,
+        objective=objective,
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        out=plan.out / name,
+        threads=1,
+        eval_every=steps,
+        eval_samples=1000,
+        save_every=max(100, steps // 4),
+    )
+
+
+def _sweep(plan: Plan) -> dict[str, float]:
+    """Best learning rate of each objective by validation accuracy, on a seed not used afterwards."""
+    base = presets.defaults(plan.preset)
+    configs = {
+        (name, lr): _config(plan, base, f"sweep-{name}-lr{lr:g}", name, plan.sweep_steps, lr, SWEEP_SEED)
+        for name in plan.objectives
+        for lr in plan.lrs
+    }
+    _run_all(plan, list(configs.values()), "learning-rate sweep")
+    scores = {key: _validation(config) for key, config in configs.items()}
+    best = {name: max(plan.lrs, key=lambda lr: scores[name, lr]) for name in plan.objectives}
+    for name in plan.objectives:
+        tried = ", ".join(f"{lr:g}: {scores[name, lr]:.3f}" for lr in plan.lrs)
+        note(f"{name}: validation exact match by learning rate: {tried}; using {best[name]:g}")
+    return best
+
+
+def _run_all(plan: Plan, configs: list[TrainConfig], label: str) -> None:
+    left = [config for config in configs if not (config.out / "student" / PROVENANCE).is_file()]
+    if not left:
+        return
+    progress = Progress(len(configs), label, every_s=0.0)
+    progress.advance(len(configs) - len(left))
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        for config in pool.map(_run_one, left):
+            progress.advance(1, config.out.name)
+
+
+def _run_one(config: TrainConfig) -> TrainConfig:
+    """One run in a process of its own, resumed if it was cut short."""
+    from distill.train import CONFIG, config_to_json
+
+    if (config.out / CONFIG).is_file():
+        options = ["--resume", "--out", str(config.out)]
+    else:
+        recipe = config.out.with_suffix(".recipe.json")  # JSON is YAML
+        write_atomic(recipe, json.dumps(config_to_json(config), indent=1) + "\n")
+        options = ["--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "distill", "train", *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ToolError(f"{config.out.name} failed ({reason}); run the same command again to go on")
+    return config
+
+
+def _provenance(config: TrainConfig) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((config.out / "student" / PROVENANCE).read_text())
+    return value
+
+
+def _validation(config: TrainConfig) -> float:
+    from distill.report import read_metrics
+    from distill.trainer import METRICS
+
+    return [float(m["eval_exact_match"]) for m in read_metrics(config.out / METRICS) if "eval_exact_match" in m][-1]
+
+
+def _step_times(plan: Plan, rounds: int = 25) -> dict[str, float]:
+    """Median seconds of one optimiser step of each objective, interleaved so that noise hits all alike."""
+    stored = plan.out / "step_seconds.json"
+    if stored.is_file():
+        seconds: dict[str, float] = json.loads(stored.read_text())
+        if set(seconds) == set(plan.objectives):
+            return seconds
+    from distill.steptime import measure
+
+    base = dataclasses.replace(presets.defaults(plan.preset), threads=1)
+    seconds = measure([dataclasses.replace(base, objective=name) for name in plan.objectives], rounds)
+    write_atomic(stored, json.dumps(seconds) + "\n")
+    return seconds
+
+
+def _print(plan: Plan, cells: list[Cell], seconds: dict[str, float], elapsed: float) -> None:
+    slowest = max(seconds, key=seconds.__getitem__)
+    rows = []
+    for name in plan.objectives:
+        at = {cell.budget: cell for cell in cells if cell.objective == name}
+        rows.append(
+            [
+                name,
+                f"{at['steps'].lr:g}",
+                f"{seconds[name] / seconds[slowest]:.2f}",
+                *[f"{at[b].mean:.3f} ± {at[b].std:.3f} ({at[b].steps} steps)" for b in ("steps", "time")],
+            ]
+        )
+    header = ["objective", "lr", f"step time / {slowest}", "exact match, equal steps", "exact match, equal time"]
+    print(table(header, rows))
+    print(f"mean ± standard deviation over {plan.seeds} seeds; learning rates tried: {plan.lrs}; {elapsed:.0f} s")
+    if plan.as_json:
+        print_json(
+            {
+                "rows": [
+                    {
+                        "objective": cell.objective,
+                        "budget": cell.budget,
+                        "mean": cell.mean,
+                        "std": cell.std,
+                        "seeds": plan.seeds,
+                        "scores": cell.scores,
+                        "steps": cell.steps,
+                        "lr": cell.lr,
+                    }
+                    for cell in cells
+                ],
+                "step_seconds": seconds,
+            }
+        )

@@ -1,0 +1,49 @@
+"""Seconds per optimiser step of several configurations, measured in turns in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from distill.config import TrainConfig
+from distill.data import Collator, batches
+from distill.objective import Normaliser, Objective
+from distill.train import load_run
+from distill.trainer import build_optimizer
+
+
+def measure(configs: list[TrainConfig], rounds: int, warmup: int = 3) -> dict[str, float]:
+    """Median seconds a step by objective: data, forward, backward and optimiser; A B C A B C ... order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(configs[0].threads or before)
+    steps = {config.objective: _stepper(config) for config in configs}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(warmup + rounds):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(turn)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    torch.set_num_threads(before)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _stepper(config: TrainConfig) -> Callable[[int], None]:
+    run = load_run(config)
+    objective = Objective(config.terms, config.weights, config.align, run.teacher, run.vocabulary, iva_layer=0)
+    optimizer = build_optimizer(config, run.student)
+    collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
+
+    def step(turn: int) -> None:
+        indices = range(turn * config.batch_size, (turn + 1) * config.batch_size)
+        for batch in batches(run.data.train, indices, config.batch_size, collate, run.student.device):
+            loss, _ = objective(run.student, batch, Normaliser.of(batch))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
