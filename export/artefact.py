@@ -19,6 +19,7 @@ import numpy as np
 
 from export import parity, to_gguf, to_onnx, to_tensorrt
 from export.backends import gate_of, open_backend
+from export.card import write_card
 from export.evidence import (
     Evidence,
     accuracy,
@@ -32,7 +33,7 @@ from export.options import ExportOptions
 from export.replay import Backend, greedy
 from export.student import Student, open_student, read_facts
 from vlm.console import note
-from vlm.errors import GateFailed, UserError
+from vlm.errors import CheckpointError, GateFailed, UserError
 from vlm.files import atomic_dir
 from vlm.load import open_checkpoint
 from vlm.manifest import Manifest, file_entry, write_manifest
@@ -69,6 +70,8 @@ def export_all(runs: Sequence[ExportOptions]) -> list[Result]:
     first = runs[0]
     checkpoint = open_checkpoint(first.student)
     note(f"student {first.student}")
+    for run in runs:
+        estimate(run)  # a full disk is better found before the work than after it
     student = open_student(checkpoint)
     if first.target == "gguf":
         to_gguf.check(student)
@@ -79,6 +82,8 @@ def export_all(runs: Sequence[ExportOptions]) -> list[Result]:
         note(f"writing {run.target} {run.precision} to {run.out}")
         with atomic_dir(run.out) as work:
             manifest = measure(student, evidence, work, build(student, evidence, run, work))
+            entry = file_entry(work, write_card(work, run.out.name, manifest), "card")
+            manifest = dataclasses.replace(manifest, files=(*manifest.files, entry))
             write_manifest(work, manifest)
         size = sum(entry.bytes for entry in manifest.files)
         elapsed = time.monotonic() - started
@@ -123,7 +128,7 @@ def _write_gguf(student: Student, run: ExportOptions, root: Path, pair_id: str) 
 
     text, mmproj = root / f"text-{run.precision}.gguf", root / "mmproj-f16.gguf"
     plain = root / "text-f16.gguf"
-    to_gguf.write_text(student, plain, pair_id, str(student.checkpoint.provenance.get("licence", "")))
+    to_gguf.write_text(student, plain, pair_id, str(student.checkpoint.provenance.get("licence") or ""))
     if text != plain:
         quantise(plain, text, run.precision)
         plain.unlink()
@@ -221,9 +226,8 @@ def _extra_checks(
 
 def _every_position(evidence: Evidence, backend: Any) -> dict[str, float]:
     """Logits after each prompt token: a wrong causal mask shows here even if the last row is right."""
-    truth = evidence.prefill_all
-    expected = parity.expect(truth, evidence.expected[1].features, ())
-    measured = parity.compare_logits(expected, backend.prefill_all(evidence.cases[1].prompt))
+    chosen, expected = evidence.positions
+    measured = parity.compare_logits(expected, backend.prefill_all(evidence.cases[1].prompt)[chosen])
     return {**measured, "prefill": max(measured["prefill"], measured["decode"])}
 
 
@@ -254,15 +258,18 @@ def estimate(run: ExportOptions) -> dict[str, Any]:
         CheckpointError: the student cannot be exported.
         UserError: it does not fit on the disk.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     checkpoint = open_checkpoint(run.student)
     facts = read_facts(checkpoint)
     count = 0
     for path in checkpoint.weights:
-        with safe_open(path, "np") as tensors:
-            names = tensors.keys()  # the handle itself cannot be iterated
-            count += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
+        try:
+            with safe_open(path, "np") as tensors:
+                names = tensors.keys()  # the handle itself cannot be iterated
+                count += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be loaded ({error}); copy it again") from None
     if facts.tied and run.target != "gguf":
         count += facts.vocab_size * facts.hidden  # table and head become two tensors
     bits = {"fp32": 32, "fp16": 16, "f16": 16, "q8_0": 8.5}[run.precision]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from export.parity import STEPS, Case, Expected, Gate, compare_features, expect
@@ -22,6 +23,7 @@ from vlm.score import bootstrap_interval, exact_match
 
 LIMIT = 24
 GOLDEN_SEED = 7
+POSITIONS = 32
 TOKEN_TEXTS = (
     "12 + 5 = 17",
     "naïve café, Ünïcödé, 数字 и цифры",
@@ -39,6 +41,7 @@ class Evidence:
     Attributes:
         cases: prompts of two lengths with forced continuations; the first is the golden sample.
         expected: PyTorch's logits and visual tokens per case.
+        positions: places in the second prompt, and the logits after the token at each of them.
         prompts, answers, truths: evaluation questions, PyTorch's greedy tokens, the right answers.
         limit: most tokens an answer may have.
         task: name of the evaluation task, empty when the questions are not what the student was trained for.
@@ -47,7 +50,7 @@ class Evidence:
     golden: Golden
     cases: tuple[Case, ...]
     expected: tuple[Expected, ...]
-    prefill_all: F32
+    positions: tuple[npt.NDArray[np.int64], Expected]
     prompts: tuple[Prompt, ...]
     answers: tuple[tuple[int, ...], ...]
     truths: tuple[str, ...]
@@ -80,13 +83,26 @@ def collect(student: Student, samples: int, seed: int, limit: int = LIMIT) -> Ev
         golden=Golden("golden/0.png", shown.question, answer),
         cases=cases,
         expected=expected,
-        prefill_all=backend.prefill_all(cases[1].prompt),
+        positions=expect_positions(backend.prefill_all(cases[1].prompt), expected[1]),
         prompts=prompts,
         answers=tuple(greedy_batch(student, prompts, stop, limit)),
         truths=tuple(s.answer for s in drawn),
         limit=limit,
-        task="digits" if "digits" in str(student.checkpoint.provenance).lower() else "",
+        task=task_of(student.checkpoint.provenance),
     )
+
+
+def expect_positions(logits_PV: F32, case: Expected) -> tuple[npt.NDArray[np.int64], Expected]:
+    """Logits at some evenly spread prompt positions: all of them would take gigabytes for a large vocabulary."""
+    chosen = np.unique(np.linspace(0, len(logits_PV) - 1, POSITIONS).astype(np.int64))
+    return chosen, expect(logits_PV[chosen], case.features, ())
+
+
+def task_of(provenance: dict[str, Any]) -> str:
+    """`digits` if that is what the student was trained on; else empty: right answers mean nothing to it."""
+    data = provenance.get("data")
+    name = data.get("name") if isinstance(data, dict) else data
+    return "digits" if name == "digits" else ""
 
 
 def _noise_case(student: Student, seed: int) -> tuple[Prompt, tuple[int, ...]]:

@@ -83,7 +83,9 @@ class Expected:
 
 def expect(logits_SV: F32, features_NH: F32, forced: Sequence[int]) -> Expected:
     count = min(TOP_K, logits_SV.shape[1])
-    order = np.argsort(-logits_SV, axis=1, kind="stable")[:, :count]
+    some = np.argpartition(-logits_SV, count - 1, axis=1)[:, :count]
+    ranks = np.argsort(-np.take_along_axis(logits_SV, some, axis=1), axis=1)
+    order = np.take_along_axis(some, ranks, axis=1)
     rows = np.unique(np.linspace(0, len(features_NH) - 1, min(FEATURE_ROWS, len(features_NH))).astype(np.int64))
     return Expected(
         forced=np.asarray(forced, np.int64),

@@ -36,15 +36,17 @@ class TorchBackend:
         return np.asarray(outputs.pooler_output[0].numpy(), np.float32)
 
     def prefill(self, prompt: Prompt) -> F32:
-        return self.prefill_all(prompt)[-1]
+        return self.prefill_all(prompt, keep=1)[-1]
 
-    def prefill_all(self, prompt: Prompt) -> F32:
-        """Logits of every prompt position, [positions, vocab]."""
+    def prefill_all(self, prompt: Prompt, keep: int = 0) -> F32:
+        """Logits of the last `keep` prompt positions (0: all), [positions, vocab]."""
         import torch
 
         ids = torch.tensor([prompt.ids])
         with torch.no_grad():
-            outputs = self.model(input_ids=ids, pixel_values=self._pixels([prompt.image]), use_cache=True)
+            outputs = self.model(
+                input_ids=ids, pixel_values=self._pixels([prompt.image]), use_cache=True, logits_to_keep=keep
+            )
         self.cache = outputs.past_key_values
         return np.asarray(outputs.logits[0].numpy(), np.float32)
 
@@ -85,7 +87,7 @@ def _equal_lengths(student: Student, prompts: list[Prompt], stop: Sequence[int],
     ids: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad():
         for _ in range(limit):
-            outputs = student.model(**feed, use_cache=True)
+            outputs = student.model(**feed, use_cache=True, logits_to_keep=1)
             tokens = outputs.logits[:, -1].argmax(-1)
             for row, token in enumerate(tokens.tolist()):
                 if not done[row]:

@@ -130,7 +130,8 @@ def write_configs(student: Student, root: Path, graphs_written: list[tuple[Path,
     """Configuration, tokenizer and processor files as transformers.js 4 reads them.
 
     It wants a `preprocessor_config.json`, the chat template inside `tokenizer_config.json`, both spellings of the
-    image token, and its own count of image tokens, which ignores `vision_feature_select_strategy`.
+    image token. Its processor ignores `vision_feature_select_strategy`, so a dropped CLS token is already taken off
+    the additional tokens and the strategy reads `full`: JavaScript and Python then count the same.
     """
     source = student.checkpoint.directory
     config = dict(student.checkpoint.config)
@@ -145,7 +146,7 @@ def write_configs(student: Student, root: Path, graphs_written: list[tuple[Path,
     shared = {
         "processor_class": "LlavaProcessor",
         "patch_size": config["vision_config"]["patch_size"],
-        "vision_feature_select_strategy": student.facts.select,
+        "vision_feature_select_strategy": "full" if drop_cls else student.facts.select,
         "num_additional_image_tokens": additional - drop_cls,
     }
     tokenizer = _read(source / "tokenizer_config.json")

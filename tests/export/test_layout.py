@@ -6,9 +6,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
+from vlm.chat import user_message
 from vlm.manifest import check_files, read_manifest
+from vlm.preprocess import pixels
 
 
 def test_onnx_layout_is_the_one_transformers_js_reads(exported: Callable[..., Any]) -> None:
@@ -30,8 +33,23 @@ def test_onnx_layout_is_the_one_transformers_js_reads(exported: Callable[..., An
     assert "<image>" in json.loads((root / "tokenizer_config.json").read_text())["chat_template"]
 
 
-def test_clip_counts_image_tokens_for_a_reader_that_ignores_the_select_strategy(exported: Callable[..., Any]) -> None:
-    root = exported("onnx", "fp32", "clip", "qwen3").root
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_processor_files_of_the_artefact_make_the_same_prompt(exported: Callable[..., Any], tower: str) -> None:
+    """transformers' own processor, loaded from the ONNX artefact, counts as many image tokens as the graphs give."""
+    from transformers import AutoProcessor
+
+    made = exported("onnx", "fp32", tower, "qwen3")
+    processor = AutoProcessor.from_pretrained(made.root)
+    prompt = made.subject.evidence.prompts[0]
+    text = processor.apply_chat_template([user_message(prompt.question)], add_generation_prompt=True)
+    inputs = processor(images=prompt.image, text=text, return_tensors="np")
+    assert inputs["input_ids"][0].tolist() == list(prompt.ids)
+    assert np.abs(inputs["pixel_values"][0] - pixels(prompt.image, made.subject.student.checkpoint.image)).max() < 1e-6
+
+
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_image_tokens_for_a_reader_that_ignores_the_select_strategy(exported: Callable[..., Any], tower: str) -> None:
+    root = exported("onnx", "fp32", tower, "qwen3").root
     assert json.loads((root / "preprocessor_config.json").read_text())["num_additional_image_tokens"] == 0
 
 
