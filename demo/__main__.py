@@ -124,7 +124,7 @@ def _serve(engines: Engines, default: str, shown: tuple[examples.Example, ...], 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    port = options.port or _free_port(options.host)
+    port = options.port or free_port(options.host)
     try:
         _, local, public = blocks.launch(
             server_name=options.host,
@@ -143,7 +143,7 @@ def _serve(engines: Engines, default: str, shown: tuple[examples.Example, ...], 
         blocks.close(verbose=False)
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.bind((host, 0))

@@ -126,7 +126,7 @@ def _connect(blocks: Any, w: Widgets, on: Handlers) -> None:
         [w.chat, w.notice],
         show_progress="hidden",
         **model,
-    ).then(on.end, [w.session], [w.ask, w.stop], **quick)
+    ).then(on.end, [w.session], [w.chat, w.ask, w.stop], **quick)
     w.stop.click(on.stop, [w.session], [w.stop], **quick)
     for begin_again in (w.new_chat.click, w.chat.clear):
         begin_again(on.new_chat, [w.session], [w.session, w.chat, w.notice], **quick)

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ LONGEST_QUESTION = 2000
 NO_IMAGE = "Choose an image first: drop a file, or click an example."
 NO_QUESTION = "Write a question about the image first."
 BUSY = "The last answer is still running; wait for it or press Stop."
+TOO_MANY = "Not answered: too many questions are waiting. Ask again in a moment."
 Updates: TypeAlias = dict[Any, Any]
 
 
@@ -63,7 +65,7 @@ class Handlers:
             thumbnail = page.thumbnail(preprocess.open_image(image.data))
         except BadImage as error:
             session.image = None
-            return None, session, page.notice(error.message.replace(str(path), "the image").capitalize())
+            return None, session, page.notice(error.message.replace(str(path), "the image"))
         session.show(image, thumbnail)
         return str(path), session, ""
 
@@ -88,7 +90,7 @@ class Handlers:
         problem = BUSY if session.busy else NO_IMAGE if session.image is None else "" if question else NO_QUESTION
         if problem:
             return {self.w.session: session, self.w.notice: page.notice(problem)}
-        content: list[Any] = [question]
+        content: list[Any] = [_text(question)]
         if not session.image_told:
             content.insert(0, _html(session.thumbnail))
             session.image_told = True
@@ -139,12 +141,15 @@ class Handlers:
         session.messages = [*earlier, _assistant(said or "No answer.")]
         yield {self.w.chat: session.messages, self.w.notice: page.notice(problem)}
 
-    def end(self, session: Session | None) -> tuple[Any, Any]:
+    def end(self, session: Session | None) -> tuple[Any, ...]:
+        """Runs after `answer`, and also when the waiting line was too long for `answer` to run at all."""
         import gradio as gr
 
-        if session is not None:
-            session.busy = False
-        return gr.update(interactive=True), gr.update(interactive=False)
+        session = session or Session()
+        if session.question:
+            session.messages = [*session.messages, _assistant(TOO_MANY)]
+        session.busy, session.question = False, ""
+        return session.messages, gr.update(interactive=True), gr.update(interactive=False)
 
     def stop(self, session: Session | None) -> Any:
         """The engine ends after its current step and reports what there is; `answer` shows it like any other."""
@@ -175,10 +180,15 @@ class Handlers:
 
 
 def _assistant(text: str, breakdown: str = "") -> dict[str, Any]:
-    words = text or ("(empty answer)" if breakdown else "…")
+    words = _text(text) or ("(empty answer)" if breakdown else "…")
     return {"role": "assistant", "content": [words, _html(breakdown)] if breakdown else [words]}
 
 
+def _text(words: str) -> str:
+    """What a person or a model wrote, as the chat must get it: with Markdown off it still takes text for HTML."""
+    return escape(words, quote=False)
+
+
 def _html(value: str) -> dict[str, Any]:
-    """Our own markup inside a chat message; everything a person or a model wrote is sent as text instead."""
+    """Our own markup inside a chat message."""
     return {"type": "component", "component": "html", "value": value, "constructor_args": {}, "props": {}}

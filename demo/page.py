@@ -59,7 +59,8 @@ def thumbnail(image: Image.Image) -> str:
 
 def notice(message: str) -> str:
     """One line the person must see, announced by screen readers; "" clears it."""
-    return f'<p class="notice" role="alert">{escape(" ".join(message.split()))}</p>' if message else ""
+    line = " ".join(message.split())
+    return f'<p class="notice" role="alert">{escape(line[:1].upper() + line[1:])}</p>' if line else ""
 
 
 def _verdict(entry: Entry) -> str:

@@ -1,0 +1,100 @@
+"""Headless Chromium for the browser tests, or the reason why there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+ARGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+PATIENCE_MS = 45_000  # an upper limit for a busy machine, not a measurement
+
+
+def missing() -> str:
+    """What stops browser tests on this machine; "" if nothing does."""
+    if importlib.util.find_spec("gradio") is None:
+        return "gradio is not installed"
+    if importlib.util.find_spec("playwright") is None:
+        return "playwright is not installed"
+    if not CHROMIUM.exists():
+        return f"no browser at {CHROMIUM} (set CHROMIUM to its path)"
+    return ""
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=list(ARGS))
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """One open page, and what a person does on it."""
+
+    def __init__(self, browser: Any, url: str, width: int = 1280, height: int = 900) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.set_default_timeout(PATIENCE_MS)
+        self.hosts: set[str] = set()
+        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        self.page.goto(url)
+        self.page.locator("#ask").wait_for()
+
+    def upload(self, name: str, data: bytes, mime: str = "image/png") -> None:
+        """Choose a file; returns when the page has taken or refused it."""
+        field = self.page.locator("#picture input[type=file]")
+        field.set_input_files({"name": name, "mimeType": mime, "buffer": data})
+
+    def show_image(self, name: str, data: bytes) -> None:
+        with self.page.expect_response(lambda response: "/run/predict" in response.url or "/api/" in response.url):
+            self.upload(name, data)
+        self.page.locator("#picture img").wait_for()
+
+    def ask(self, question: str) -> None:
+        self.page.locator("#question textarea").fill(question)
+        self.page.locator("#ask").click()
+
+    def wait_answered(self, answers: int) -> Any:
+        """Wait for this many breakdowns and for the page to take questions again; the newest breakdown."""
+        self.page.wait_for_function(f"document.querySelectorAll('#chat .lat').length === {answers}")
+        self.page.locator("#ask:not([disabled])").wait_for()
+        return self.page.locator("#chat .lat").nth(answers - 1)
+
+    def wait_said(self, text: str) -> None:
+        """Wait until the newest answer reads exactly like this."""
+        self.page.wait_for_function(
+            """(text) => [...document.querySelectorAll('#chat [data-testid=bot] .message-content')]
+                .at(-1)?.innerText.trim() === text""",
+            arg=text,
+        )
+
+    def notice(self) -> str:
+        self.page.locator("#notice .notice").wait_for()
+        return str(self.page.locator("#notice .notice").inner_text())
+
+    def close(self) -> None:
+        self.page.close()
+
+
+def stage_ms(breakdown: Any) -> dict[str, float]:
+    rows = breakdown.locator("tr[data-stage]").evaluate_all("rows => rows.map(r => [r.dataset.stage, r.dataset.ms])")
+    return {stage: float(ms) for stage, ms in rows}
+
+
+def total_ms(breakdown: Any) -> float:
+    return float(breakdown.get_attribute("data-total-ms"))
