@@ -33,6 +33,7 @@ def parser() -> Parser:
     commands = root.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _ask(commands)
     _profile(commands)
+    _compare(commands)
     _eval(commands)
     _doctor(commands)
     return root
@@ -104,6 +105,25 @@ def _profile(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--question", default="Read the top row.", help="(default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
     _loading(command)
+
+
+def _compare(commands: argparse._SubParsersAction[Parser]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from runtime.compare import compare
+
+        return compare(arguments)
+
+    example = "compare before.json after.json --fail-if ttft_ms+5%"
+    command = _add(commands, "compare", "Ratios between two profiles, with intervals.", example, run)
+    command.add_argument("before", type=Path, metavar="A.json")
+    command.add_argument("after", type=Path, metavar="B.json")
+    command.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="METRIC+P%",
+        help="exit 1 if ttft_ms, tpot_ms or e2el_ms got slower by more than P percent beyond doubt; repeatable",
+    )
 
 
 def _eval(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -111,6 +111,7 @@ def _profile(result: Measured, options: ProfileOptions, workload: Workload) -> d
         "energy": None,
         "thermal": {"tpot_drift_pct_per_min": drift_percent_per_minute(result.started_s, tpots)},
         "roofline": None,
+        "requests": [{"ttft_ms": t.ttft_ms, "tpot_ms": t.tpot_ms, "e2el_ms": t.e2el_ms} for t in timings],
     }
 
 

@@ -98,7 +98,7 @@ def test_doctor_names_the_command_that_mends_each_gap(command: Command) -> None:
     assert value["environment"]["packages"]["numpy"]
 
 
-@pytest.mark.parametrize("name", ["", "ask", "profile", "eval", "doctor"])
+@pytest.mark.parametrize("name", ["", "ask", "profile", "compare", "eval", "doctor"])
 def test_help_has_an_example(command: Command, name: str) -> None:
     result = command(["runtime", *filter(None, [name]), "--help"])
     assert result.returncode == 0

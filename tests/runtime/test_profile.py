@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from runtime.api import STAGES
+from runtime.compare import Limit, read_profile
 from runtime.latency import Timing
 from runtime.options import LoadOptions
 from runtime.profiler import Child, Measured, ProfileOptions, measure
@@ -161,3 +162,42 @@ def test_workload_repeats_by_seed_and_differs_by_index(tmp_path: Path) -> None:
 def test_scenarios_without_a_result_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(UserError):
         ProfileOptions(**options)  # type: ignore[arg-type]
+
+
+def profile_file(path: Path, ttft: list[float]) -> Path:
+    info = {**measured(20).info, "backend": "onnx", "precision": "fp32", "device": "cpu", "threads": 1}
+    times = [Timing(t, 2.0, (2.0,), t + 2, {"prefill": t, "decode": 2.0}, 20, 4, 0, 2) for t in ttft]
+    result = Measured(
+        "x", {**info, "name": path.stem}, 1.0, timings=times, started_s=[float(i) for i in range(len(ttft))]
+    )
+    path.write_text(json.dumps(report([result], ProfileOptions(requests=len(ttft)), WORK)))
+    return path
+
+
+def test_compare_gives_ratios_and_gates_beyond_noise(command: Command, tmp_path: Path) -> None:
+    before = profile_file(tmp_path / "a.json", [10.0, 10.1, 9.9] * 10)
+    slower = profile_file(tmp_path / "b.json", [12.0, 12.1, 11.9] * 10)
+    noisy = profile_file(tmp_path / "c.json", [5.0, 12.0, 30.0] * 3)
+    result = command(["runtime", "compare", before, slower, "--json"])
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])["rows"]
+    assert [row["metric"] for row in rows] == ["ttft_ms", "tpot_ms", "e2el_ms"]
+    assert rows[0]["ratio"] == pytest.approx(1.2)
+    assert rows[0]["interval"][0] > 1.1
+    failed = command(["runtime", "compare", before, slower, "--fail-if", "ttft_ms+5%"])
+    assert failed.returncode == 1
+    assert "ttft_ms is 20.0 % slower" in failed.stderr
+    assert command(["runtime", "compare", before, noisy, "--fail-if", "ttft_ms+5%"]).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["ttft_ms", "ttft_ms+5", "speed+5%"])
+def test_compare_limits_are_checked(text: str) -> None:
+    with pytest.raises(UserError, match="METRIC"):
+        Limit.parse(text)
+
+
+def test_compare_refuses_other_files(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    for name in ("x.json", "nowhere.json"):
+        with pytest.raises(UserError, match="profile --out"):
+            read_profile(tmp_path / name)
