@@ -108,8 +108,10 @@ class Engine:
         *,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
-    ) -> Iterator[Event]:
-        """Queue a request now and return its events; the last is Done. Closing the iterator cancels the request.
+    ) -> EventStream:
+        """Queue a request now and return its events; the last is Done.
+
+        Closing or dropping the stream, even before its first event, cancels the request.
 
         Args:
             cancel: set it from any thread to end the request after the current step (`finish == "cancelled"`).
@@ -121,7 +123,7 @@ class Engine:
         events: queue.SimpleQueue[Event | Failed] = queue.SimpleQueue()
         cancel = cancel or threading.Event()
         self.submit(messages, sampling, listener=events.put, cancel=cancel, deadline_s=deadline_s)
-        return _drain(events, cancel)
+        return EventStream(events, cancel)
 
     def close(self) -> None:
         """End the running request, fail the waiting ones with EngineClosed, free the model. Safe to call twice."""
@@ -161,17 +163,28 @@ class Engine:
                 job.listener(Failed(EngineClosed(f"the engine of {self.info.name} was closed; load it again")))
 
 
-def _drain(events: queue.SimpleQueue[Event | Failed], cancel: threading.Event) -> Iterator[Event]:
-    try:
-        while True:
-            event = events.get()
-            if isinstance(event, Failed):
-                raise event.error
-            yield event
-            if isinstance(event, Done):
-                return
-    finally:
-        cancel.set()
+class EventStream(Iterator[Event]):
+    """Events of one request, in order. Not a generator: closing one that was never started would cancel nothing."""
+
+    def __init__(self, events: queue.SimpleQueue[Event | Failed], cancel: threading.Event) -> None:
+        self._events, self._cancel, self._ended = events, cancel, False
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._events.get()
+        self._ended = isinstance(event, Done | Failed)
+        if isinstance(event, Failed):
+            raise event.error
+        return event
+
+    def close(self) -> None:
+        """Give the request up: it ends after its current step."""
+        self._ended = True
+        self._cancel.set()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class _Stopped(Exception):

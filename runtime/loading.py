@@ -31,7 +31,7 @@ def load(artifact: str | Path, backend: str = "auto", **options: Any) -> Engine:
     if backend not in ("auto", *BACKENDS):
         raise UserError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     if backend == "fake":
-        return Engine(_fake(Path(artifact)), queue_size=chosen.queue_size)
+        return Engine(_fake(Path(artifact), chosen), queue_size=chosen.queue_size)
     return Engine(_open(Path(artifact), backend, chosen), queue_size=chosen.queue_size)
 
 
@@ -63,7 +63,7 @@ def _open(root: Path, backend: str, options: LoadOptions) -> Backend:
     return open_tensorrt(root, options, manifest)
 
 
-def _fake(artifact: Path) -> Backend:
-    from runtime.backend_fake import FakeBackend
+def _fake(artifact: Path, options: LoadOptions) -> Backend:
+    from runtime.backend_fake import FakeBackend, FakeScript
 
-    return FakeBackend(name=artifact.name)
+    return FakeBackend(FakeScript(context_length=options.context), artifact.name)

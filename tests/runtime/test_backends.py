@@ -40,6 +40,7 @@ CONVERSATIONS: dict[str, list[Message]] = {
     "one image": [question("Read the top row.", picture(0))],
     "not square": [question("What is this? ñ 😀", noise(1))],
     "two images": [question("Compare them.", picture(1), noise(2))],
+    "longer than one batch": [question("7 " * 300, picture(5))],
     "no image": [question("Say something.")],
     "second turn": [question("Add up the top row.", picture(2)), answer("3 + 4 = 7"), question("And the bottom row?")],
     "image inside text": [Message("user", ("before ", picture(3), " after"))],

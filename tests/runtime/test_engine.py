@@ -199,9 +199,29 @@ def test_closing_the_iterator_cancels_only_its_own_request() -> None:
     with engine:
         events = engine.generate([Message("user", ("a",))])
         next(events)
-        events.close()  # type: ignore[attr-defined]
+        events.close()
+        assert list(events) == []
         done = last(engine.generate([Message("user", ("b",))], Sampling(max_new_tokens=5)))
     assert done.text == "bbbbb"
+
+
+def test_a_stream_given_up_before_its_first_event_runs_nothing() -> None:
+    engine, backend, _ = fake("abc")
+    running, go_on = threading.Event(), threading.Event()
+
+    def hold(event: Event | Failed) -> None:
+        running.set()
+        assert go_on.wait(10)
+
+    with engine:
+        engine.submit([question("0")], listener=hold)
+        assert running.wait(10)
+        del backend.calls[:]
+        engine.generate([question("1")]).close()
+        engine.generate([question("2")])  # dropped
+        go_on.set()
+        assert last(engine.generate([question("3")])).text == "abc"
+    assert backend.calls.count("prepare") == 2
 
 
 def test_full_queue_refuses_at_once_and_recovers() -> None:
