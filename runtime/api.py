@@ -200,7 +200,7 @@ class ModelInfo:
 
     Attributes:
         context_length: tokens this engine accepts: the model's own, or the lower cap it was loaded with.
-        artifact_bytes: size of all its files.
+        artifact_bytes: size of the files it takes to answer: weights, graphs, tokenizer.
         weights_sha256: of the student's weights, the same for every format made of it.
         decoder_weight_bytes: read once per token, the output head included. lm_head_bytes: the head alone.
         kv_bytes_per_token: read per token of context.

@@ -97,7 +97,7 @@ def open_torch(root: Path, options: LoadOptions) -> TorchBackend:
         tokenizer=checkpoint.tokenizer,
         model=_numbers(checkpoint),
         precision="float32",
-        artifact_bytes=sum(path.stat().st_size for path in checkpoint.weights),
+        artifact_bytes=sum(path.stat().st_size for path in (*checkpoint.weights, root / "tokenizer.json")),
         weights_sha256=checkpoint.weights_sha256(),
     )
     return TorchBackend(source, checkpoint, options)

@@ -141,23 +141,38 @@ def _error(exit_code: int, message: str) -> ToolError:
     return {2: UserError, 3: MissingPiece}.get(exit_code, ToolError)(message)
 
 
-def measure(artifacts: Sequence[str], options: ProfileOptions, workload: Workload) -> list[Measured]:
+@dataclass
+class Session:
+    """`skipped`: artefacts this machine cannot run, and why."""
+
+    results: list[Measured] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def measure(artifacts: Sequence[str], options: ProfileOptions, workload: Workload) -> Session:
     """Load every artefact in a process of its own, warm each up, then take turns request by request.
 
     Taking turns spreads whatever else happens on the machine (heat, neighbours) over all of them.
 
     Raises:
-        UserError, MissingPiece: an artefact cannot be loaded here.
+        UserError: an artefact is wrong. MissingPiece: not one of them can be run on this machine.
     """
+    session = Session()
+    results = session.results
     with ExitStack() as stack:
-        results: list[Measured] = []
         children: list[Child] = []
         for artifact in artifacts:
             child = Child(artifact, options)
             stack.callback(child.close)
-            ready = child.receive()
+            try:
+                ready = child.receive()
+            except MissingPiece as missing:
+                session.skipped[artifact] = missing.message
+                continue
             children.append(child)
             results.append(Measured(artifact, ready["info"], ready["load_s"]))
+        if not results:
+            raise MissingPiece(next(iter(session.skipped.values())))
         for child, result in zip(children, results, strict=True):
             _warm_up(child, result, options, workload)
         progress = Progress(options.requests * len(children), "profile")
@@ -168,7 +183,7 @@ def measure(artifacts: Sequence[str], options: ProfileOptions, workload: Workloa
                 result.started_s.append(time.perf_counter() - begin)
                 result.timings.append(_request(child, result, options, png))
                 progress.advance()
-    return results
+    return session
 
 
 def _warm_up(child: Child, result: Measured, options: ProfileOptions, workload: Workload) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from runtime.api import STAGES
 from runtime.environment import environment, package_version
 from runtime.latency import Timing
-from runtime.profiler import WARM_CV, Measured, ProfileOptions
+from runtime.profiler import WARM_CV, Measured, ProfileOptions, Session
 from runtime.stats import drift_percent_per_minute, summary
 from runtime.workload import Workload
 from vlm.console import table
@@ -17,10 +17,12 @@ from vlm.console import table
 SCHEMA = "vlm-profile/1"
 
 
-def report(results: Sequence[Measured], options: ProfileOptions, workload: Workload) -> dict[str, Any]:
+def report(session: Session, options: ProfileOptions, workload: Workload) -> dict[str, Any]:
     """The whole profile; `valid` is false when the artefacts did not do the same work."""
+    results = session.results
     warnings = _not_comparable(results)
     valid = not warnings
+    warnings += [f"{artifact} was left out: {reason}" for artifact, reason in session.skipped.items()]
     profiles = [_profile(result, options, workload) for result in results]
     for result in results:
         if result.warm_cv >= WARM_CV:
@@ -36,6 +38,7 @@ def report(results: Sequence[Measured], options: ProfileOptions, workload: Workl
         "warnings": warnings,
         "environment": environment(),
         "profiles": profiles,
+        "skipped": session.skipped,
     }
 
 

@@ -20,6 +20,11 @@ from vlm.errors import ArtifactError, MissingPiece, UserError
 from vlm.manifest import NAME, Manifest, check_files, read_manifest
 from vlm.preprocess import ImageSpec
 
+# what a board must hold to answer; the rest of an artefact is evidence and files for other programs
+RUN_ROLES = frozenset(
+    ("vision_encoder", "embed_tokens", "decoder", "external_data", "text_gguf", "mmproj", "engine", "tokenizer")
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -123,7 +128,7 @@ def open_artifact(root: Path, manifest: Manifest | None = None) -> Source:
         tokenizer=_tokenizer(manifest.path_of(root, "tokenizer"), spec, image.tokens),
         model=manifest.model,
         precision=_precision(manifest.precision),
-        artifact_bytes=sum(entry.bytes for entry in manifest.files),
+        artifact_bytes=sum(entry.bytes for entry in manifest.files if entry.role in RUN_ROLES),
         weights_sha256=manifest.source.get("student_sha256"),
         manifest=manifest,
     )

@@ -12,7 +12,7 @@ from runtime.api import STAGES
 from runtime.compare import Limit, read_profile
 from runtime.latency import Timing
 from runtime.options import LoadOptions
-from runtime.profiler import Child, Measured, ProfileOptions, measure
+from runtime.profiler import Child, Measured, ProfileOptions, Session, measure
 from runtime.report import report, tables
 from runtime.workload import Workload, make_workload
 from vlm.errors import MissingPiece, UserError
@@ -24,7 +24,7 @@ WORK = Workload("digits", 0)
 
 @pytest.fixture(scope="module")
 def two_fakes() -> list[Measured]:
-    return measure(["first", "second"], ProfileOptions(backend="fake", requests=4, output_tokens=5), WORK)
+    return measure(["first", "second"], ProfileOptions(backend="fake", requests=4, output_tokens=5), WORK).results
 
 
 def test_requests_take_turns(two_fakes: list[Measured]) -> None:
@@ -48,7 +48,7 @@ def test_warm_up_is_bounded_and_kept_apart(two_fakes: list[Measured]) -> None:
 
 def test_profile_json_of_a_scripted_backend(two_fakes: list[Measured]) -> None:
     options = ProfileOptions(backend="fake", requests=4, output_tokens=5)
-    value = json.loads(json.dumps(report(two_fakes, options, WORK), allow_nan=False))
+    value = json.loads(json.dumps(report(Session(two_fakes), options, WORK), allow_nan=False))
     assert (value["schema"], value["valid"]) == ("vlm-profile/1", True)
     assert value["environment"]["host"]["cores"] >= 1
     first = value["profiles"][0]
@@ -103,14 +103,14 @@ def measured(prompt_tokens: int, stages: dict[str, float] | None = None) -> Meas
 
 def test_different_work_is_not_comparable() -> None:
     options = ProfileOptions(requests=1)
-    assert report([measured(20), measured(20)], options, WORK)["valid"]
-    value = report([measured(20), measured(21)], options, WORK)
+    assert report(Session([measured(20), measured(20)]), options, WORK)["valid"]
+    value = report(Session([measured(20), measured(21)]), options, WORK)
     assert not value["valid"]
     assert "not comparable: prompt_tokens differs (20, 21)" in value["warnings"]
 
 
 def test_stages_that_did_not_happen_are_null() -> None:
-    profile = report([measured(20)], ProfileOptions(requests=1), WORK)["profiles"][0]
+    profile = report(Session([measured(20)]), ProfileOptions(requests=1), WORK)["profiles"][0]
     assert profile["stages_ms"]["vision_encode"] is None
     assert profile["stages_ms"]["prefill"]["p50"] == 5.0
     assert profile["memory_mb"]["peak_rss"] is None
@@ -120,7 +120,7 @@ def test_stages_that_did_not_happen_are_null() -> None:
 def test_unsettled_warm_up_is_a_warning() -> None:
     result = measured(20)
     result.warm_runs, result.warm_cv = 20, 0.4
-    assert "varied by 40 %" in report([result], ProfileOptions(requests=1), WORK)["warnings"][0]
+    assert "varied by 40 %" in report(Session([result]), ProfileOptions(requests=1), WORK)["warnings"][0]
 
 
 def test_a_dead_model_process_is_reported() -> None:
@@ -139,6 +139,19 @@ def test_a_dead_model_process_is_reported() -> None:
 def test_faults_of_the_artefact_reach_the_caller(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a directory"):
         measure([str(tmp_path / "nothing")], ProfileOptions(requests=1), WORK)
+
+
+def test_formats_this_machine_lacks_are_left_out_by_name(damaged: Path, gguf_artifact: Path) -> None:
+    manifest = damaged / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": "tensorrt"}))
+    options = ProfileOptions(requests=1, output_tokens=2)
+    session = measure([str(damaged), str(gguf_artifact)], options, WORK)
+    assert [result.artifact for result in session.results] == [str(gguf_artifact)]
+    value = report(session, options, WORK)
+    assert "tensorrt" in value["skipped"][str(damaged)]
+    assert any("was left out" in warning for warning in value["warnings"])
+    with pytest.raises(MissingPiece, match="tensorrt"):
+        measure([str(damaged)], options, WORK)
 
 
 def test_answers_shorter_than_asked_are_refused() -> None:
@@ -170,7 +183,7 @@ def profile_file(path: Path, ttft: list[float]) -> Path:
     result = Measured(
         "x", {**info, "name": path.stem}, 1.0, timings=times, started_s=[float(i) for i in range(len(ttft))]
     )
-    path.write_text(json.dumps(report([result], ProfileOptions(requests=len(ttft)), WORK)))
+    path.write_text(json.dumps(report(Session([result]), ProfileOptions(requests=len(ttft)), WORK)))
     return path
 
 
