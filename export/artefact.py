@@ -30,6 +30,7 @@ from export.evidence import (
     token_corpus,
 )
 from export.options import ExportOptions
+from export.reference import TorchBackend
 from export.replay import Backend, greedy
 from export.student import Student, open_student, read_facts
 from vlm.console import note
@@ -191,7 +192,7 @@ def measure(student: Student, evidence: Evidence, root: Path, manifest: Manifest
             found += parity.failures(name, values, gate)
         stop = student.checkpoint.tokenizer.spec.eos_token_ids
         extra["golden_ids"] = list(greedy(backend, evidence.cases[0].prompt, stop, len(evidence.golden.token_ids)))
-        scores, missed = accuracy(backend, student.checkpoint.tokenizer, evidence, gate)
+        scores, missed = accuracy(backend, TorchBackend(student), student.checkpoint.tokenizer, evidence, gate)
     finally:
         backend.close()
     found += missed

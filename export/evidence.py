@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from export.parity import STEPS, Case, Expected, Gate, compare_features, expect
+from export.parity import STEPS, Case, Expected, Gate, compare_features, expect, is_tie
 from export.reference import TorchBackend, greedy_batch
 from export.replay import F32, Backend, Prompt, forced_logits, greedy, make_prompt
 from export.student import Student
@@ -143,7 +143,7 @@ def embedding_parity(student: Student, table: Any) -> dict[str, float]:
 
 
 def accuracy(
-    backend: Backend, tokenizer: ChatTokenizer, evidence: Evidence, gate: Gate
+    backend: Backend, reference: Backend, tokenizer: ChatTokenizer, evidence: Evidence, gate: Gate
 ) -> tuple[dict[str, Any], list[str]]:
     """Greedy answers of the artefact against PyTorch's (always) and against the truth (on the student's own task)."""
     if not evidence.prompts:
@@ -153,12 +153,15 @@ def accuracy(
         greedy(backend, prompt, stop, evidence.limit)
         for prompt in track(evidence.prompts, len(evidence.prompts), "compare greedy answers")
     ]
-    equal = [float(a == b) for a, b in zip(got, evidence.answers, strict=True)]
+    pairs = list(zip(evidence.prompts, evidence.answers, got, strict=True))
+    equal = [float(want == have) for _, want, have in pairs]
+    tied = [float(want == have or is_tie(reference, prompt, want, have, gate)) for prompt, want, have in pairs]
     result: dict[str, Any] = {
         "task": evidence.task or None,
         "n": len(equal),
         "tokens_equal": float(np.mean(equal)),
         "tokens_equal_interval": bootstrap_interval(equal),
+        "tokens_equal_or_tied": float(np.mean(tied)),
         "before": None,
         "after": None,
     }
@@ -169,8 +172,10 @@ def accuracy(
             result[key], result[f"{key}_interval"] = float(np.mean(hits)), bootstrap_interval(hits)
         if result["before"] - result["after"] > gate.accuracy_drop:
             found.append(f"exact match fell from {result['before']:.4f} to {result['after']:.4f}")
-    if result["tokens_equal"] < gate.tokens_equal:
-        found.append(f"greedy answers: {result['tokens_equal']:.4f} equal to PyTorch, need {gate.tokens_equal}")
+    # a student off its task rambles through near ties that rounding turns; on its task it must say the same
+    key = "tokens_equal" if evidence.task else "tokens_equal_or_tied"
+    if result[key] < gate.tokens_equal:
+        found.append(f"greedy answers: {key} {result[key]:.4f} is below {gate.tokens_equal}")
     return result, found
 
 

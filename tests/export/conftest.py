@@ -20,13 +20,7 @@ from vlm.load import open_checkpoint
 from vlm.manifest import Manifest, read_manifest, write_manifest
 
 SAMPLES = 6
-# the next token of a random student is often a near tie, which half precision may turn: short answers, few ties
-LIMIT = 2
-
-
-def logit_failures(lines: list[str]) -> list[str]:
-    """Failures without those about greedy answers, which say little about a student that has learned nothing."""
-    return [line for line in lines if "greedy" not in line]
+LIMIT = 4
 
 
 @dataclass(frozen=True)
