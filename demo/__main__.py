@@ -134,7 +134,7 @@ def _serve(engines: Engines, default: str, shown: tuple[examples.Example, ...], 
             **app.launch_options(),
         )
     except OSError as error:
-        raise UserError(f"cannot listen on {options.host}:{port} ({error}); choose another --port") from None
+        raise UserError(f"cannot listen on {options.host}:{port}; if it is in use, choose another --port") from error
     try:
         print(f"demo ready at {public or local}", flush=True)
         note("press Ctrl-C to end")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from demo import examples, page
-from demo.handlers import LONGEST_QUESTION, Handlers, Widgets
+from demo.handlers import LONGEST_QUESTION, Handlers, Updates, Widgets
 from demo.session import Engines, Session
 
 MODEL = "model"  # every event that touches the engine shares this concurrency id
@@ -58,6 +58,7 @@ def _lay_out(engines: Engines, shown: tuple[examples.Example, ...], first: str) 
                 alt_text="The image your questions are about",
                 placeholder="Drop an image here\nor click to choose one",
             )
+            image_notice = gr.HTML("", elem_id="image-notice", **plain)
             cards = gr.HTML(
                 examples.render(shown),
                 js_on_load=page.EXAMPLES_JS,
@@ -95,7 +96,20 @@ def _lay_out(engines: Engines, shown: tuple[examples.Example, ...], first: str) 
                 length = gr.Slider(1, 512, value=64, step=1, label="Longest answer (tokens)", elem_id="length")
                 temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 = always the likeliest token)")
     return Widgets(
-        session, model, card, picture, cards, chat, question, ask, stop, new_chat, notice, length, temperature
+        session,
+        model,
+        card,
+        picture,
+        cards,
+        chat,
+        question,
+        ask,
+        stop,
+        new_chat,
+        notice,
+        image_notice,
+        length,
+        temperature,
     )
 
 
@@ -107,16 +121,16 @@ def _connect(blocks: Any, w: Widgets, on: Handlers) -> None:
     blocks.load(on.open_page, None, [w.session], **quick)
     # preprocess=False: the widget would decode the file itself and answer a bad one with a stack trace;
     # that the path lies in the upload folder is checked either way
-    w.picture.upload(on.take_image, [w.picture, w.session], [w.picture, w.session, w.notice], preprocess=False, **quick)
-    w.picture.clear(on.drop_image, [w.session], [w.session, w.notice], **quick)
-    chosen = [w.picture, w.question, w.session, w.notice]
+    shown = [w.session, w.picture, w.image_notice, w.notice]
+    w.picture.upload(on.take_image, [w.picture, w.session], shown, preprocess=False, **quick)
+    w.picture.clear(on.drop_image, [w.session], shown, **quick)
 
-    def take_example(session: Session | None, event: Any) -> tuple[Any, ...]:
+    def take_example(session: Session | None, event: Any) -> Updates:
         return on.take_example(session, event.index)
 
     # by this annotation Gradio knows what to pass; the name is not global, so it cannot be written above
     take_example.__annotations__["event"] = gr.EventData
-    w.examples.click(take_example, [w.session], chosen, **quick)
+    w.examples.click(take_example, [w.session], [*shown, w.question], **quick)
     asked = [w.session, w.question, w.chat, w.ask, w.stop, w.notice]
     gr.on(
         [w.ask.click, w.question.submit], on.begin, [w.session, w.question], asked, trigger_mode="once", **quick

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from demo import page, timeline
 from demo.examples import Example
 from demo.session import Engines, Session, batches
-from runtime.api import Done, Event, Sampling, Token
+from runtime.api import Done, EncodedImage, Event, Sampling, Token
 from runtime.images import question as question_message
 from runtime.images import read_image
 from vlm import preprocess
@@ -43,6 +43,7 @@ class Widgets:
     stop: Any
     new_chat: Any
     notice: Any
+    image_notice: Any
     length: Any
     temperature: Any
 
@@ -56,30 +57,30 @@ class Handlers:
     def open_page(self) -> Session:
         return Session()
 
-    def take_image(self, upload: dict[str, Any] | None, session: Session | None) -> tuple[Any, ...]:
+    def take_image(self, upload: dict[str, Any] | None, session: Session | None) -> Updates:
         """Decode an upload once to find out whether it is an image; the engine decodes it again under its clock."""
-        session = session or Session()
         path = Path((upload or {}).get("path") or "")
         try:
             image = read_image(path)
-            thumbnail = page.thumbnail(preprocess.open_image(image.data))
+            return self._show(session, image, path)
         except BadImage as error:
-            session.image = None
-            return None, session, page.notice(error.message.replace(str(path), "the image"))
-        session.show(image, thumbnail)
-        return str(path), session, ""
+            message = error.message.replace(str(path), "the image")
+            return {**self.drop_image(session), self.w.picture: None, self.w.image_notice: page.notice(message)}
 
-    def take_example(self, session: Session | None, index: int) -> tuple[Any, ...]:
-        session = session or Session()
+    def take_example(self, session: Session | None, index: int) -> Updates:
         example = self.shown[index % len(self.shown)]
-        image = read_image(example.path)
-        session.show(image, page.thumbnail(preprocess.open_image(image.data)))
-        return str(example.path), example.question, session, ""
+        updates = self._show(session, read_image(example.path), example.path)
+        return {**updates, self.w.question: example.question}
 
-    def drop_image(self, session: Session | None) -> tuple[Any, ...]:
+    def drop_image(self, session: Session | None) -> Updates:
         session = session or Session()
         session.image = None
-        return session, ""
+        return {self.w.session: session, self.w.image_notice: "", self.w.notice: ""}
+
+    def _show(self, session: Session | None, image: EncodedImage, path: Path) -> Updates:
+        session = session or Session()
+        session.show(image, page.thumbnail(preprocess.open_image(image.data)))
+        return {self.w.session: session, self.w.picture: str(path), self.w.image_notice: "", self.w.notice: ""}
 
     def begin(self, session: Session | None, question: str) -> Updates:
         """Check and echo the question at once; the answer may have to wait for the model."""
@@ -109,8 +110,11 @@ class Handlers:
         self, session: Session | None, model: str, length: float, temperature: float
     ) -> AsyncIterator[Updates]:
         """Stream one answer and its breakdown into the chat."""
+        import gradio as gr
+
         if session is None or not session.question or session.image is None or session.cancel is None:
-            return  # `begin` has said why
+            yield {self.w.notice: gr.skip()}  # `begin` has said why; a generator that yields nothing would wipe that
+            return
         message = question_message(session.question, session.image)
         cancel, earlier, said, problem = session.cancel, session.messages, "", ""
         session.question = ""

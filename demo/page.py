@@ -38,7 +38,7 @@ def model_card(entry: Entry, info: ModelInfo | None = None, state: str = "") -> 
     facts = [("format", entry.engine), ("precision", entry.precision), ("size", size_text(entry.bytes))]
     if info is not None:
         threads = f", {info.threads} thread{'s' if info.threads > 1 else ''}" if info.device == "cpu" else ""
-        facts += [("runs on", info.device.upper() + threads), ("image", f"{info.tokens_per_image} tokens")]
+        facts.append(("runs on", info.device.upper() + threads))
     cells = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     status = f'<p class="card-state" role="status">{escape(state)}</p>' if state else ""
     return (

@@ -83,9 +83,9 @@ class Visit:
             arg=text,
         )
 
-    def notice(self) -> str:
-        self.page.locator("#notice .notice").wait_for()
-        return str(self.page.locator("#notice .notice").inner_text())
+    def notice(self, place: str = "#notice") -> str:
+        """The message in the page, once there is one."""
+        return str(self.page.locator(f"{place} .notice").inner_text())
 
     def close(self) -> None:
         self.page.close()
