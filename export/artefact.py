@@ -37,6 +37,7 @@ from vlm.console import note
 from vlm.errors import CheckpointError, GateFailed, UserError
 from vlm.files import atomic_dir
 from vlm.load import open_checkpoint
+from vlm.manifest import NAME as MANIFEST
 from vlm.manifest import Manifest, file_entry, write_manifest
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "optimum", "gguf", "llama-cpp-python", "numpy")
@@ -74,8 +75,6 @@ def export_all(runs: Sequence[ExportOptions]) -> list[Result]:
     for run in runs:
         estimate(run)  # a full disk is better found before the work than after it
     student = open_student(checkpoint)
-    if first.target == "gguf":
-        to_gguf.check(student)
     note("asking PyTorch for reference answers")
     evidence = collect(student, first.samples, first.seed)
     results = []
@@ -252,6 +251,16 @@ def padded_pair(student: Student, evidence: Evidence, backend: Any) -> dict[str,
     return {key: (min if key == "top1" else max)(one[key] for one in both) for key in both[0]}
 
 
+def check_target(out: Path) -> None:
+    """Publishing replaces the whole folder, so it must be an artefact, empty, or not there yet.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+        raise UserError(f"{out} exists and is not an artefact; choose another folder with --out")
+
+
 def estimate(run: ExportOptions) -> dict[str, Any]:
     """Check a student without loading its weights; bytes the artefact will take and bytes free there.
 
@@ -261,8 +270,11 @@ def estimate(run: ExportOptions) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    check_target(run.out)
     checkpoint = open_checkpoint(run.student)
     facts = read_facts(checkpoint)
+    if run.target == "gguf":
+        to_gguf.check(checkpoint, facts)
     count = 0
     for path in checkpoint.weights:
         try:

@@ -84,7 +84,6 @@ class LlamaBackend:
             raise ArtifactError(f"{mmproj} cannot be loaded by llama.cpp for {text.name}")
         self.vocab_size = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
         self.hidden = self.lib.llama_model_n_embd(self.model)
-        self.position = 0
 
     def close(self) -> None:
         if self.vision:
@@ -170,7 +169,6 @@ class LlamaBackend:
             self.mtmd.mtmd_input_chunks_free(chunks)
         if status:
             raise ArtifactError(f"llama.cpp could not run the prompt (status {status})")
-        self.position = position.value
         return self._logits()
 
     def step(self, token: int) -> F32:
@@ -178,5 +176,4 @@ class LlamaBackend:
         status = self.lib.llama_decode(self.context, batch)
         if status:
             raise ArtifactError(f"llama.cpp could not decode (status {status})")
-        self.position += 1
         return self._logits()

@@ -65,6 +65,13 @@ def open_student(checkpoint: Checkpoint) -> Student:
     return Student(checkpoint, model, facts)
 
 
+def read_config(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's `LlavaConfig`."""
+    from transformers import LlavaConfig
+
+    return LlavaConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+
+
 def read_facts(checkpoint: Checkpoint) -> Facts:
     """Read sizes without loading weights.
 
@@ -72,9 +79,8 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
         CheckpointError: names the setting that cannot be exported.
     """
     from optimum.utils import NormalizedTextConfigWithGQA, NormalizedVisionConfig
-    from transformers import LlavaConfig
 
-    config = LlavaConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    config = read_config(checkpoint)
     text, vision = NormalizedTextConfigWithGQA(config.text_config), NormalizedVisionConfig(config.vision_config)
     layers = config.vision_feature_layer
     facts = Facts(

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from export.student import Facts, Student, blocks_used
+from export.student import Facts, Student, blocks_used, read_config
 from vlm.errors import CheckpointError
+from vlm.load import Checkpoint
 
 PAIR_KEY = "align_edge.pair_id"
 TEXT_NAMES = {
@@ -39,15 +40,14 @@ VISION_NAMES = {
 ALWAYS_STOP = ("<|im_end|>", "<|endoftext|>", "<eos>", "</s>", "<PAD>", "[PAD]", "<|eot_id|>", "<EOT>", "<|end|>")
 
 
-def check(student: Student) -> None:
-    """Refuse what the installed llama.cpp computes wrongly or crashes on.
+def check(checkpoint: Checkpoint, facts: Facts) -> None:
+    """Needs no weights: refuse what the installed llama.cpp computes wrongly or crashes on.
 
     Raises:
         CheckpointError: one line naming the setting and the way out.
     """
-    facts, config = student.facts, student.model.config
+    config, where = read_config(checkpoint), checkpoint.directory
     vision, text = config.vision_config, config.text_config
-    where = student.checkpoint.directory
     for broken, message in (
         (facts.tower == "clip", "llama.cpp computes CLIP towers wrongly (CLS token placed last); use --target onnx"),
         (len(facts.feature_layers) != 1, "several vision_feature_layer values have no GGUF form; use --target onnx"),
@@ -69,13 +69,11 @@ def check(student: Student) -> None:
     ):
         if broken:
             raise CheckpointError(f"{where} cannot become GGUF: {message}")
-    _check_tokenizer(student)
+    _check_tokenizer(checkpoint, facts)
 
 
-def _check_tokenizer(student: Student) -> None:
-    spec = student.checkpoint.tokenizer.spec
-    tokenizer = student.checkpoint.tokenizer.tokenizer
-    where = student.checkpoint.directory
+def _check_tokenizer(checkpoint: Checkpoint, facts: Facts) -> None:
+    spec, tokenizer, where = checkpoint.tokenizer.spec, checkpoint.tokenizer.tokenizer, checkpoint.directory
     for name in ALWAYS_STOP:
         token = tokenizer.token_to_id(name)
         if token is not None and token not in spec.eos_token_ids:
@@ -83,16 +81,17 @@ def _check_tokenizer(student: Student) -> None:
                 f"{where} cannot become GGUF: llama.cpp always stops at {name!r}, but eos_token_id lacks {token}; "
                 "add it to generation_config.json"
             )
-    longest = max(tokenizer.get_vocab().values())
-    if longest >= student.facts.vocab_size:
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= facts.vocab_size:
         raise CheckpointError(
-            f"{where}: token {longest} has no embedding row (vocabulary {student.facts.vocab_size}); train again"
+            f"{where}: token {highest} has no embedding row (vocabulary {facts.vocab_size}); train again"
         )
     model = json.loads((where / "tokenizer.json").read_text())
     if model["model"]["type"] != "BPE" or model.get("normalizer"):
         raise CheckpointError(
             f"{where} cannot become GGUF: only byte-level BPE tokenizers without a normalizer are read identically"
         )
+    pre_tokenizer_name(model)
 
 
 def write_text(student: Student, path: Path, pair_id: str, licence: str) -> None:

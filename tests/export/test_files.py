@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from export import to_gguf
+from export import artefact
 from export.backends import open_backend
 from export.cli import main
+from export.parity import GATES
 from export.verify import verify
 from tests.tiny import make_student
-from vlm.errors import ArtifactError, CheckpointError, UserError
+from vlm.errors import ArtifactError, CheckpointError, GateFailed, UserError
 from vlm.manifest import file_entry, read_manifest, write_manifest
 
 PARTS = [("onnx", "fp32", "decoder"), ("gguf", "f16", "mmproj"), ("tensorrt", "fp16", "external_data")]
@@ -93,9 +94,11 @@ def test_verify_needs_no_torch(exported: Callable[..., Any], target: str, precis
     assert done.returncode == 0, done.stderr
 
 
-def test_clip_student_is_refused_for_gguf(subjects: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]])
+def test_clip_student_is_refused_for_gguf(subjects: Callable[..., Any], tmp_path: Path, extra: list[str]) -> None:
+    student = subjects("clip", "qwen2").directory
     with pytest.raises(CheckpointError, match="CLIP"):
-        to_gguf.check(subjects("clip", "qwen2").student)
+        main(["--target", "gguf", "--student", str(student), "--out", str(tmp_path / "out"), *extra])
 
 
 def test_stop_word_missing_from_the_eos_list_is_refused(tmp_path: Path) -> None:
@@ -142,6 +145,54 @@ def test_no_student_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_wrong_usage_is_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_failed_gate_publishes_unverified_and_exits_1(
+    subjects: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impossible = dataclasses.replace(GATES["gguf", "f16"], kl=-1.0)
+    monkeypatch.setitem(GATES, ("gguf", "f16"), impossible)
+    out = tmp_path / "out"
+    command = ["--target", "gguf", "--precision", "f16", "--samples", "2", "--out", str(out)]
+    with pytest.raises(GateFailed, match="not verified: golden: kl") as caught:
+        main([*command, "--student", str(subjects("siglip", "llama").directory)])
+    assert caught.value.exit_code == 1
+    assert read_manifest(out).verified is False
+    assert "NO: golden: kl" in (out / "README.md").read_text()
+
+
+def test_interruption_leaves_the_old_artefact_and_nothing_else(
+    exported: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported("gguf", "f16", "siglip", "llama")
+    out = made.copy_to(tmp_path / "out")
+    before = (out / "manifest.json").read_bytes()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artefact, "measure", interrupted)
+    command = ["--target", "gguf", "--precision", "f16", "--samples", "0", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, "--student", str(made.subject.directory)])
+    assert list(tmp_path.iterdir()) == [out]
+    assert (out / "manifest.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_artefact_is_never_replaced(subjects: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    student = subjects("siglip", "llama").directory
+    with pytest.raises(UserError, match="not an artefact"):
+        main(["--target", "gguf", "--student", str(student), "--out", str(tmp_path)])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_command_line_ends_with_one_line_and_the_right_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "export", "verify", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_dry_run_writes_nothing(
