@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         default = _load_first(engines)
         with tempfile.TemporaryDirectory(prefix="align-edge-demo-") as folder:
-            _serve(engines, default, examples.write(Path(folder)), options)
+            _serve(engines, default, Path(folder), options)
     finally:
         engines.close()
     return 0
@@ -97,22 +97,26 @@ def _loader(backend: str) -> Any:
 
 def _load_first(engines: Engines) -> str:
     """Load the first model that works, so that the page answers at once and a broken set-up is known before it opens."""
-    failure: ToolError | None = None
-    for key in engines.entries:
+    *others, last = engines.entries
+    for key in others:
         try:
-            note(f"loading {engines.entries[key].label}")
-            engines.use(key)
-            return key
+            return _load(engines, key)
         except ToolError as error:
             note(f"not loaded: {error.message}")
-            failure = error
-    assert failure is not None  # there is at least one entry
-    raise failure
+    return _load(engines, last)
 
 
-def _serve(engines: Engines, default: str, shown: tuple[examples.Example, ...], options: Options) -> None:
-    # set before the import: Gradio reads it then
+def _load(engines: Engines, key: str) -> str:
+    note(f"loading {engines.entries[key].label}")
+    engines.use(key)
+    return key
+
+
+def _serve(engines: Engines, default: str, folder: Path, options: Options) -> None:
+    """Serve until interrupted; what people upload lies in `folder` and goes with it."""
+    # set before the import: Gradio reads them then
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     try:
         import gradio
     except ImportError:
@@ -120,7 +124,7 @@ def _serve(engines: Engines, default: str, shown: tuple[examples.Example, ...], 
     from demo import app
 
     del gradio
-    blocks = app.build(engines, shown, default)
+    blocks = app.build(engines, examples.write(folder), default)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -144,6 +144,7 @@ def _connect(blocks: Any, w: Widgets, on: Handlers) -> None:
     w.stop.click(on.stop, [w.session], [w.stop], **quick)
     for begin_again in (w.new_chat.click, w.chat.clear):
         begin_again(on.new_chat, [w.session], [w.session, w.chat, w.notice], **quick)
+    w.model.change(on.stop, [w.session], [w.stop], **quick)
     w.model.change(on.choose_model, [w.model], [w.card, w.notice], show_progress="hidden", **model)
 
 

@@ -23,7 +23,7 @@ LABELS: dict[Stage, str] = {
     "detokenize": "detokenize",
 }
 MEANING: dict[Stage, str] = {
-    "queue": "waiting for the model",
+    "queue": "in the engine's own line",
     "image_decode": "file bytes to RGB",
     "preprocess": "resize, normalise, tokenise",
     "vision_encode": "vision tower and projector",
