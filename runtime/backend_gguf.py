@@ -26,6 +26,7 @@ from vlm.manifest import Manifest
 from vlm.preprocess import ImageSpec
 
 BATCH = 512
+PADDING = 1024  # llama.cpp rounds the context up
 _log_callback: Any = None  # llama.cpp keeps a bare pointer to it: it must outlive every model
 
 
@@ -71,6 +72,11 @@ class GgufBackend:
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise ArtifactError(f"{path}: llama.cpp made no context of {self.info.context_length} tokens; lower it")
+        if not self.info.context_length <= llama.llama_n_ctx(self._context) < self.info.context_length + PADDING:
+            raise MissingPiece(
+                "this llama-cpp-python and its llama.cpp disagree about parameter layout; "
+                "run `pip install --force-reinstall 'align-edge[gguf]'`"
+            )
         self._width = llama.llama_model_n_embd(self._model)
         mmproj = self._source.path_of("mmproj")
         vision_params = self._mtmd.mtmd_context_params_default()

@@ -5,6 +5,7 @@ One worker thread per model takes requests in order; everything that belongs to 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -59,6 +60,8 @@ class Engine:
         self._lock = threading.Lock()
         self._worker = threading.Thread(target=self._serve, name=f"engine-{backend.info.name}", daemon=True)
         self._worker.start()
+        # a worker still inside native code while the interpreter goes away would abort the process
+        atexit.register(self.close)
 
     @property
     def info(self) -> ModelInfo:
@@ -134,6 +137,7 @@ class Engine:
             self._refuse_waiting()
             self._jobs.put(None)
         self._worker.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from runtime.options import LoadOptions
 from vlm import digits
 from vlm.errors import MissingPiece
 from vlm.manifest import read_manifest
+
+from .conftest import ROOT
 
 STEPS = 12
 # a random student's logits have a standard deviation near 1; llama.cpp rounds to float16 inside
@@ -198,3 +202,20 @@ def test_cuda_is_refused_where_there_is_none(student: Path, onnx_artifact: Path,
     for path in (student, onnx_artifact, gguf_artifact):
         with pytest.raises(MissingPiece):
             load(path, device="cuda")
+
+
+@pytest.mark.parametrize("kind", ["student", "onnx_artifact", "gguf_artifact"])
+def test_exit_in_the_middle_of_an_answer_is_clean(kind: str, request: pytest.FixtureRequest) -> None:
+    code = f"""
+import threading, runtime
+from runtime.api import Sampling, Token
+from runtime.images import question
+running = threading.Event()
+engine = runtime.load({str(request.getfixturevalue(kind))!r})
+listener = lambda event: running.set() if isinstance(event, Token) else None
+for _ in range(3):
+    engine.submit([question("hi")], Sampling(max_new_tokens=900, ignore_eos=True), listener=listener)
+running.wait(60)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
