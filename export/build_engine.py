@@ -33,12 +33,19 @@ class Missing(Exception):
     """This machine lacks TensorRT or a GPU."""
 
 
-def load_tensorrt() -> Any:
+def load_tensorrt(minimum: str) -> Any:
     try:
         import tensorrt
     except ImportError:
         raise Missing("tensorrt is not installed; on the device run `pip install tensorrt`") from None
+    if _version(tensorrt.__version__) < _version(minimum):
+        raise Missing(f"TensorRT {tensorrt.__version__} is too old; these graphs need {minimum} or later")
     return tensorrt
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
 
 
 def device_facts() -> dict[str, str]:
@@ -92,8 +99,11 @@ def build_one(trt: Any, root: Path, plan: dict[str, Any], engine: dict[str, Any]
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan["builder"]["workspace_bytes"])
     config.builder_optimization_level = plan["builder"]["optimization_level"]
     cache_file = root / plan["timing_cache"]
-    cache = config.create_timing_cache(cache_file.read_bytes() if cache_file.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    old = cache_file.read_bytes() if cache_file.is_file() else b""
+    cache = config.create_timing_cache(old)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        # measured by another version or on another GPU: start over
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     for shapes in engine["profiles"].values():
         profile = builder.create_optimization_profile()
         for name, (low, best, high) in shapes.items():
@@ -120,7 +130,7 @@ def write(path: Path, data: bytes) -> None:
 def build(root: Path, force: bool = False, device: dict[str, str] | None = None) -> list[Path]:
     """Build every engine of the plan that is missing or whose key no longer fits; returns all engine files."""
     plan = json.loads((root / PLAN).read_text())
-    trt = load_tensorrt()
+    trt = load_tensorrt(plan["tensorrt"]["minimum"])
     facts = device or device_facts()
     built = []
     for name, engine in plan["engines"].items():

@@ -117,6 +117,7 @@ def make_plan(student: Student, root: Path, vision: GraphSpec, decoder: GraphSpe
     context = min(facts.context_length, CONTEXT_LIMIT)
     prompt = min(context, student.checkpoint.image.tokens + 64)
     side = facts.image_size
+    row_bytes = facts.kv_heads * facts.head_dim * (2 if decoder.inputs[0].dtype == "float16" else 4)
     images = [[n, 3, side, side] for n in (1, 1, MAX_IMAGES)]
     return {
         "schema": PLAN_SCHEMA,
@@ -142,7 +143,9 @@ def make_plan(student: Student, root: Path, vision: GraphSpec, decoder: GraphSpe
         },
         "cache": {
             "reserved_rows": RESERVED_ROWS,
-            "row_bytes": facts.kv_heads * facts.head_dim * (2 if decoder.inputs[0].dtype == "float16" else 4),
+            "row_bytes": row_bytes,
+            # TensorRT takes addresses at multiples of 256: else new rows go through a buffer and a copy
+            "zero_copy": row_bytes % 256 == 0,
             "max_rows": context + RESERVED_ROWS,
             "note": "row 0 is zeros and always masked; bind past at the start of a buffer and new rows behind them",
         },

@@ -159,6 +159,14 @@ def test_build_uses_only_what_every_version_has(plan: Path, monkeypatch: pytest.
     assert (plan / "engines" / "timing.cache").read_bytes() == b"timings"
 
 
+def test_too_old_a_version_is_named(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = fake_tensorrt("8.6.1")
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    with pytest.raises(MissingPiece, match=r"8\.6\.1 is too old"):
+        main(["build", str(plan)])
+    assert calls == []
+
+
 def test_second_build_reuses_engines_until_something_changes(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, calls = fake_tensorrt("10.3.0")
     monkeypatch.setitem(sys.modules, "tensorrt", module)
