@@ -136,7 +136,8 @@ class Engine:
         if first:
             self._refuse_waiting()
             self._jobs.put(None)
-        self._worker.join()
+        if threading.current_thread() is not self._worker:  # a listener may close the engine too
+            self._worker.join()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image as Pillow
+
 from runtime.api import Backend
 from runtime.engine import Engine
 from runtime.options import LoadOptions, options_from
@@ -30,6 +32,7 @@ def load(artifact: str | Path, backend: str = "auto", **options: Any) -> Engine:
     chosen = options_from(options)
     if backend not in ("auto", *BACKENDS):
         raise UserError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    Pillow.preinit()  # its decoders load on first use otherwise: the first request would pay for it
     if backend == "fake":
         return Engine(_fake(Path(artifact), chosen), queue_size=chosen.queue_size)
     return Engine(_open(Path(artifact), backend, chosen), queue_size=chosen.queue_size)

@@ -364,6 +364,22 @@ def test_close_fails_waiting_requests_and_refuses_new_ones() -> None:
         engine.generate([question("2")])
 
 
+def test_a_listener_may_close_the_engine() -> None:
+    engine, backend, _ = fake("abc")
+    seen: list[Event | Failed] = []
+
+    def close_at_first_token(event: Event | Failed) -> None:
+        seen.append(event)
+        if isinstance(event, Token):
+            engine.close()
+
+    engine.submit([question("a")], listener=close_at_first_token)
+    engine._worker.join(10)
+    assert backend.closed
+    assert isinstance(seen[-1], Done)
+    assert seen[-1].finish == "cancelled"
+
+
 def test_seeded_sampling_repeats_itself() -> None:
     class Flat(FakeBackend):
         def _logits(self) -> np.ndarray:
