@@ -1,0 +1,15 @@
+// The golden sample of an ONNX artefact through transformers.js; prints generated token ids as JSON.
+import { AutoModelForImageTextToText, AutoProcessor, RawImage, env } from "@huggingface/transformers";
+import { readFileSync } from "node:fs";
+
+const root = process.argv.at(-1);
+env.allowRemoteModels = false;
+env.localModelPath = "/";
+const golden = JSON.parse(readFileSync(`${root}/manifest.json`)).golden[0];
+const processor = await AutoProcessor.from_pretrained(root);
+const model = await AutoModelForImageTextToText.from_pretrained(root, { dtype: "fp32" });
+const content = [{ type: "image" }, { type: "text", text: `\n${golden.question}` }];
+const text = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
+const inputs = await processor(await RawImage.read(`${root}/${golden.image}`), text, { add_special_tokens: false });
+const output = await model.generate({ ...inputs, do_sample: false, max_new_tokens: golden.token_ids.length });
+console.log(JSON.stringify(Array.from(output.data, Number).slice(inputs.input_ids.dims.at(-1))));
