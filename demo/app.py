@@ -197,4 +197,6 @@ def _theme() -> Any:
         button_primary_text_color="white",
         block_shadow="0 1px 2px rgba(15, 23, 42, .05)",
         input_background_fill="*neutral_50",
+        input_placeholder_color="#616e80",
+        input_placeholder_color_dark="#a7b3c4",
     )

@@ -98,7 +98,8 @@ def render(view: Breakdown, model: str, first: bool = False) -> str:
         model: whose answer this is; escaped here.
         first: the first answer since the model was loaded, which pays for caches and lazy set-up.
     """
-    remarks = [escape(model), ENDS[view.finish], "first answer since loading" if first else ""]
+    adds_up = f"stages add up to {milliseconds(view.sum_ms)} of {milliseconds(view.total_ms)} ms"
+    remarks = [escape(model), adds_up, ENDS[view.finish], "first answer since loading" if first else ""]
     return (
         f'<section class="lat" aria-label="Latency breakdown" data-total-ms="{view.total_ms:.6f}"'
         f' data-finish="{view.finish}">'

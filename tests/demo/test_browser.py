@@ -310,13 +310,18 @@ def test_examples_are_one_click_away(chromium: Any, visits: list[Any], demo_url:
     visit.wait_answered(1)
 
 
-def test_on_a_phone_nothing_sticks_out(chromium: Any, visits: list[Any], demo_url: str, png: bytes) -> None:
-    visit = Visit(chromium, demo_url, width=390, height=844)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out_on_a_phone_or_a_desk(
+    chromium: Any, visits: list[Any], demo_url: str, png: bytes, width: int
+) -> None:
+    visit = Visit(chromium, demo_url, width=width, height=844)
     visits.append(visit)
     visit.show_image("digits.png", png)
     visit.ask("Which digit is at the top left?")
     visit.wait_answered(1).locator("summary").click()
-    assert visit.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert visit.page.evaluate("document.documentElement.scrollWidth") == width
+    right = "(selector) => document.querySelector(selector).getBoundingClientRect().right"
+    assert visit.page.evaluate(right, ".lat") < visit.page.evaluate(right, "#chat")
 
 
 def test_every_control_has_a_name_for_screen_readers(chromium: Any, visits: list[Any], demo_url: str) -> None:

@@ -54,6 +54,7 @@ def test_the_page_holds_the_same_numbers() -> None:
     assert total is not None
     assert sum(stages.values()) == pytest.approx(float(total[1]), rel=1e-6)
     assert "sum of stages" in html
+    assert "stages add up to 24.0 of 24.0 ms" in html
     assert html.count('scope="row"') == len(STAGES) + 1
     assert 'aria-label="Stages: queue 0.00 ms, image decode 0.00 ms, preprocess 2.00 ms' in html
 
