@@ -204,6 +204,7 @@ class ModelInfo:
         weights_sha256: of the student's weights, the same for every format made of it.
         decoder_weight_bytes: read once per token, the output head included. lm_head_bytes: the head alone.
         kv_bytes_per_token: read per token of context.
+        verified: every gate held at export; None for a checkpoint, which is the reference itself.
     """
 
     name: str
@@ -220,6 +221,7 @@ class ModelInfo:
     decoder_weight_bytes: int | None = None
     lm_head_bytes: int | None = None
     kv_bytes_per_token: int | None = None
+    verified: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

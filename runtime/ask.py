@@ -28,6 +28,8 @@ def ask(arguments: argparse.Namespace, options: LoadOptions) -> int:
     events: list[Event] = []
     printed = ""
     with load(arguments.artifact, arguments.backend, **asdict(options)) as engine:
+        if engine.info.verified is False:
+            note(f"warning: {arguments.artifact} did not pass its checks at export; its answers may differ")
         for event in engine.generate([question(arguments.question, *images)], sampling, deadline_s=arguments.deadline):
             events.append(event)
             if isinstance(event, Token) and event.text:

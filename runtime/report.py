@@ -25,6 +25,8 @@ def report(session: Session, options: ProfileOptions, workload: Workload) -> dic
     warnings += [f"{artifact} was left out: {reason}" for artifact, reason in session.skipped.items()]
     profiles = [_profile(result, options, workload) for result in results]
     for result in results:
+        if result.info["verified"] is False:
+            warnings.append(f"{result.artifact} did not pass its checks at export; its answers may differ")
         if result.warm_cv >= WARM_CV:
             warnings.append(
                 f"{result.artifact}: TTFT still varied by {100 * result.warm_cv:.0f} % after {result.warm_runs} "
@@ -70,6 +72,7 @@ def _profile(result: Measured, options: ProfileOptions, workload: Workload) -> d
             "kv_bytes_per_token": info["kv_bytes_per_token"],
             "n_ctx": info["context_length"],
             "threads": info["threads"],
+            "verified": info["verified"],
         },
         "scenario": {
             "name": "single_stream",

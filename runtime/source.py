@@ -63,6 +63,7 @@ class Source:
             decoder_weight_bytes=number("decoder_weight_bytes"),
             lm_head_bytes=number("lm_head_bytes"),
             kv_bytes_per_token=number("kv_bytes_per_token"),
+            verified=None if self.manifest is None else self.manifest.verified,
         )
 
     def path_of(self, role: str) -> Path:

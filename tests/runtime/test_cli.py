@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image as Pillow
 
+from runtime.cli import main
 from vlm import digits
+from vlm.console import run_command
 
 from .conftest import Command
 
@@ -22,6 +24,19 @@ def one_line(result: subprocess.CompletedProcess[str], exit_code: int = 2) -> st
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+@pytest.fixture
+def inside(capsys: pytest.CaptureFixture[str]) -> Command:
+    """The same command without a process of its own, for cases that differ in nothing but their arguments."""
+
+    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        with pytest.raises(SystemExit) as end:
+            run_command(main, arguments)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(end.value.code or 0), out, err)
+
+    return run
 
 
 @pytest.fixture
@@ -99,8 +114,8 @@ def test_doctor_names_the_command_that_mends_each_gap(command: Command) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "ask", "profile", "compare", "eval", "doctor"])
-def test_help_has_an_example(command: Command, name: str) -> None:
-    result = command(["runtime", *filter(None, [name]), "--help"])
+def test_help_has_an_example(inside: Command, name: str) -> None:
+    result = inside([*filter(None, [name]), "--help"])
     assert result.returncode == 0
     assert f"example:\n  python -m runtime {name}" in result.stdout
 
@@ -151,8 +166,8 @@ def test_bad_images(command: Command, tmp_path: Path, png: Path, case: str, mess
         ([], "COMMAND"),
     ],
 )
-def test_wrong_arguments(command: Command, arguments: list[str], message: str) -> None:
-    assert message in one_line(command(["runtime", *arguments]))
+def test_wrong_arguments(inside: Command, arguments: list[str], message: str) -> None:
+    assert message in one_line(inside(arguments))
 
 
 def test_context_overflow_is_one_line(command: Command, onnx_artifact: Path, png: Path) -> None:
@@ -187,6 +202,14 @@ def test_damaged_files_are_refused_by_name(command: Command, damaged: Path, name
     line = one_line(command(["runtime", "ask", damaged, "hi"]))
     assert str(path) in line
     assert {"flip": "altered", "truncate": "truncated", "remove": "missing"}[harm] in line
+
+
+def test_unverified_artefacts_answer_with_a_warning(command: Command, damaged: Path) -> None:
+    manifest = damaged / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "verified": False}))
+    result = command(["runtime", "ask", damaged, "hi", "--max-new-tokens", "2"])
+    assert result.returncode == 0
+    assert "did not pass its checks at export" in result.stderr
 
 
 def test_tensorrt_says_what_is_missing(command: Command, damaged: Path) -> None:

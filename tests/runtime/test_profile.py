@@ -94,7 +94,7 @@ def measured(prompt_tokens: int, stages: dict[str, float] | None = None) -> Meas
     info: dict[str, Any] = dict.fromkeys(
         (
             *("name", "weights_sha256", "backend", "device", "precision", "artifact_bytes", "decoder_weight_bytes"),
-            *("lm_head_bytes", "kv_bytes_per_token", "context_length", "threads"),
+            *("lm_head_bytes", "kv_bytes_per_token", "context_length", "threads", "verified"),
         )
     )
     times = [made_up(prompt_tokens, stages or {"prefill": 5.0, "decode": 2.0})]
