@@ -53,15 +53,15 @@ def main(argv: Sequence[str]) -> int:
 def _train(argv: list[str], teacher: bool) -> int:
     config, as_json = parse_train(argv)
     _quiet()
-    from distill import presets
     from distill.train import train
 
-    if teacher:
-        if config.preset != "digits":
-            raise UserError("only the digits preset has a teacher recipe; add --preset digits")
+    if teacher and config.preset != "digits":
+        raise UserError("only the digits preset has a teacher recipe; add --preset digits")
     config = _with_run_directory(config, "teacher" if teacher else config.objective)
     if teacher:
-        config = presets.teacher_config(config)
+        from distill.make_teacher import teacher_config
+
+        config = teacher_config(config)
     try:
         result = train(config)
     except KeyboardInterrupt:

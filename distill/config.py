@@ -1,4 +1,7 @@
-"""What a training run is told: frozen dataclasses, one docstring line a field; the command line is made from them."""
+"""What a training run is told: frozen dataclasses, one docstring line a field; the command line is made from them.
+
+No torch here: a mistyped option should be answered at once.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from distill.losses import Direction
-from distill.ribbon import Layout, Sampling
 from vlm.errors import UserError
+
+Direction = Literal["forward", "reverse"]
+Layout = Literal["cached", "appended", "interleaved"]
+Sampling = Literal["multinomial", "top-k"]
 
 TERMS = ("sft", "kd", "iva", "tpa")
 OBJECTIVES = {

@@ -7,13 +7,11 @@ add up to the full-batch loss exactly.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Direction = Literal["forward", "reverse"]
+from distill.config import Direction
 
 
 def kl_rows(student_NV: Tensor, teacher_NV: Tensor, temperature: float, direction: Direction) -> Tensor:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distill.assemble import Shape, build_model, build_processor, build_tokenizer, save_checkpoint
+from distill.assemble import Shape
 from distill.config import TrainConfig
-from vlm import digits
 from vlm.errors import CheckpointError
-from vlm.files import atomic_dir
-from vlm.load import PROVENANCE
 
 # compact student: 2 decoder layers against the teacher's 4, a narrower and shallower tower
 DIGITS_STUDENT = Shape(vision_hidden=96, vision_layers=3, vision_intermediate=192, layers=2, intermediate=512)
@@ -33,10 +29,10 @@ DIGITS_TRAIN: dict[str, Any] = {
 TEACHER_TRAIN: dict[str, Any] = {
     "preset": "digits",
     "objective": "sft",
-    "steps": 4500,
+    "steps": 2500,
     "batch_size": 48,
     "lr": 1e-3,
-    "warmup": 0.025,
+    "warmup": 0.04,
     "weight_decay": 0.01,
     "samples": 1_000_000,
     "augment": True,
@@ -63,25 +59,3 @@ def digits_teacher() -> Path:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"no teacher at {path}; make it with `python -m distill teacher --preset digits`")
     return path
-
-
-def teacher_config(config: TrainConfig) -> TrainConfig:
-    """The configuration that trains the digits teacher from scratch, keeping seed, output and resume of `config`.
-
-    Writes the untrained network with its tokenizer and processor to OUT/untrained.
-    """
-    untrained = config.out / "untrained"
-    if not (untrained / PROVENANCE).is_file():
-        tokenizer = build_tokenizer(digits.texts())
-        with atomic_dir(untrained) as work:
-            save_checkpoint(
-                build_model(DIGITS_TEACHER, tokenizer, config.seed), build_processor(tokenizer, DIGITS_TEACHER), work, {}
-            )
-    return dataclasses.replace(
-        TrainConfig(**TEACHER_TRAIN),
-        seed=config.seed,
-        out=config.out,
-        resume=config.resume,
-        threads=config.threads,
-        student=str(untrained),
-    )

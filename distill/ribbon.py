@@ -16,13 +16,12 @@ Shape legend: B = batch, T = gold tokens, C = candidate slots, D = hidden, V = v
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Layout = Literal["cached", "appended", "interleaved"]
-Sampling = Literal["multinomial", "top-k"]
+from distill.config import Layout, Sampling
 
 
 @dataclass(frozen=True)

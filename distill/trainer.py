@@ -90,7 +90,9 @@ class DistillTrainer(Trainer):
             if num_items_in_batch is None
             else Normaliser(num_items_in_batch[0], num_items_in_batch[1])
         )
-        loss, values = self.objective(self.accelerator.unwrap_model(model), batch, normaliser)
+        # the framework casts inside the model's own forward, which the objective does not go through
+        with self.accelerator.autocast():
+            loss, values = self.objective(self.accelerator.unwrap_model(model), batch, normaliser)
         for name, value in values.items():
             self._term_sums[name] = self._term_sums.get(name, 0.0) + float(value)
         return (loss, values) if return_outputs else loss
@@ -106,6 +108,13 @@ class DistillTrainer(Trainer):
         metrics = {f"eval_{name}": value for name, value in self.evaluate_now(self.model).items()}
         self.log(metrics)
         return metrics
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # save_pretrained writes LLaVA weights under other names than the module's own; the base class loads the file
+        # by name, finds nothing and goes on from the initial weights with a mere warning
+        target = self.model if model is None else model
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=torch.float32, local_files_only=True)
+        target.load_state_dict(saved.state_dict())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from distill import ribbon
 from distill.attention import AttentionTap, instruction_to_vision, visual_weights
-from distill.config import TERMS, Align, LossWeights
+from distill.config import TERMS, Align, Layout, LossWeights
 from distill.objective import Batch, Normaliser, Objective, embed, gold_pass
 from tests.distill.conftest import Pair
 from vlm.load import load_model, open_checkpoint
 
-LAYOUTS: tuple[ribbon.Layout, ...] = ("cached", "appended", "interleaved")
+LAYOUTS: tuple[Layout, ...] = ("cached", "appended", "interleaved")
 PADDING = pytest.mark.parametrize("pad_left", [False, True], ids=["right", "left"])
 
 
@@ -41,7 +41,7 @@ def real_rows(batch: Batch) -> Tensor:
 @PADDING
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_gold_logits_do_not_change_with_the_ribbon(pair: Pair, pad_left: bool, layout: ribbon.Layout) -> None:
+def test_gold_logits_do_not_change_with_the_ribbon(pair: Pair, pad_left: bool, layout: Layout) -> None:
     batch = pair.batch(pad_left)
     model = pair.student
     plain = gold_pass(model, batch, keep_cache=False)
@@ -66,7 +66,7 @@ def test_gold_logits_do_not_change_with_the_ribbon(pair: Pair, pad_left: bool, l
 @PADDING
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_candidate_logits_equal_separate_forwards(pair: Pair, pad_left: bool, layout: ribbon.Layout) -> None:
+def test_candidate_logits_equal_separate_forwards(pair: Pair, pad_left: bool, layout: Layout) -> None:
     batch, model = pair.batch(pad_left), pair.student
     candidates = candidates_of(model, batch)
     assert candidates.keep_BC.sum(dim=1).unique().numel() > 1, "the batch should have ragged candidate rows"
@@ -138,7 +138,7 @@ def qwen2_answer() -> str:
     return digits.sample("train", 0).answer
 
 
-def all_terms(pair: Pair, layout: ribbon.Layout = "cached", **weights: float) -> Objective:
+def all_terms(pair: Pair, layout: Layout = "cached", **weights: float) -> Objective:
     return Objective(TERMS, LossWeights(**weights), Align(layout=layout, sampling="top-k"), pair.teacher, 10**6, 1)
 
 
@@ -204,7 +204,7 @@ def test_sft_equals_the_models_own_loss(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_student_equal_to_its_teacher_has_no_distillation_loss(pair: Pair, layout: ribbon.Layout) -> None:
+def test_a_student_equal_to_its_teacher_has_no_distillation_loss(pair: Pair, layout: Layout) -> None:
     batch = pair.batch()
     objective = all_terms(pair, layout)
     _, values = objective(pair.teacher, batch, Normaliser.of(batch))
@@ -214,7 +214,7 @@ def test_a_student_equal_to_its_teacher_has_no_distillation_loss(pair: Pair, lay
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_terms_equal_naive_versions_in_value_and_gradient(pair: Pair, layout: ribbon.Layout) -> None:
+def test_terms_equal_naive_versions_in_value_and_gradient(pair: Pair, layout: Layout) -> None:
     batch = pair.batch()
     normaliser = Normaliser.of(batch)
     _, values = all_terms(pair, layout)(pair.student, batch, normaliser)

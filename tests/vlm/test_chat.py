@@ -17,7 +17,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(make_student(tmp_path_factory.mktemp("chat") / "student"))
 
 
-TEXTS = ["What is this?", "  two  spaces ", "äöü 漢字 🙂 e\u0301", "line\nbreak\t tab", "<|im_end|>", "{{ 1 + 1 }}", "a" * 300]
+TEXTS = [
+    "What is this?",
+    "  two  spaces ",
+    "äöü 漢字 🙂 e\u0301",
+    "line\nbreak\t tab",
+    "<|im_end|>",
+    "{{ 1 + 1 }}",
+    "a" * 300,
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -1,0 +1,316 @@
+"""Whole runs on tiny models: what is written, how a killed run resumes, how the step is normalised."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.config import TrainConfig
+from distill.data import Collator, DigitsExamples, LlavaJson
+from distill.evaluate import greedy_matches
+from distill.train import config_from_json, config_to_json, train
+from distill.trainer import DistillTrainer, drop_after, last_checkpoint
+from tests.tiny import make_student
+from vlm import chat, digits
+from vlm.errors import CheckpointError, DataError, UserError
+from vlm.load import load_model, newest_run, open_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+SIZES = {"hidden": 64, "head_dim": 16, "intermediate": 96, "spread": 2.0}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_student(folder / "teacher", seed=1, layers=2, **SIZES)
+    make_student(folder / "student", seed=2, layers=1, **SIZES)
+    return folder
+
+
+def tiny(models: Path, out: Path, **changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        preset="digits",
+        teacher=str(models / "teacher"),
+        student=str(models / "student"),
+        out=out,
+        steps=6,
+        batch_size=4,
+        lr=1e-3,
+        samples=200,
+        eval_samples=20,
+        eval_every=3,
+        save_every=2,
+        log_every=2,
+        threads=1,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def test_a_run_leaves_a_plain_hugging_face_student_and_its_record(models: Path, tmp_path: Path) -> None:
+    config = tiny(models, tmp_path / "runs" / "one")
+    result = train(config)
+    assert result.student == config.out / "student"
+    assert result.n == 20
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(result.student)
+    processor = AutoProcessor.from_pretrained(result.student)
+    sample = digits.sample("test", 0)
+    prompt = processor.apply_chat_template([chat.user_message(sample.question)], add_generation_prompt=True)
+    inputs = processor(images=sample.image, text=prompt, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+    provenance = json.loads((result.student / "vlm.json").read_text())
+    assert provenance["objective"] == "align-ti"
+    assert provenance["data"]["name"] == "digits"
+    assert config_from_json(provenance["recipe"]) == config
+    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert {"sft", "kd", "iva", "tpa", "loss"} <= set().union(*lines)
+    assert {"eval_sft", "eval_kd", "eval_iva", "eval_tpa", "eval_exact_match"} <= set().union(*lines)
+    for name in ("loss.png", "irs.png", "irs.json", "tensorboard"):
+        assert (config.out / name).exists(), name
+    assert newest_run(tmp_path / "runs") == result.student
+
+
+def test_logged_terms_add_up_to_the_logged_loss(models: Path, tmp_path: Path) -> None:
+    config = tiny(models, tmp_path / "run", accumulate=2)
+    train(config)
+    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert logged
+    for line in logged:
+        assert line["loss"] == pytest.approx(sum(line[name] for name in ("sft", "kd", "iva", "tpa")), rel=1e-4)
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "student" / "model.safetensors")
+
+
+def test_accumulation_does_not_change_the_result(models: Path, tmp_path: Path) -> None:
+    """Deterministic candidates; the same samples in one batch of 8 or in 4 micro-batches of 2."""
+    from distill.config import Align
+
+    align = Align(sampling="top-k", iva_layer=0)
+    whole = tiny(models, tmp_path / "whole", batch_size=8, steps=4, align=align, eval_every=0)
+    pieces = dataclasses.replace(whole, out=tmp_path / "pieces", batch_size=2, accumulate=4)
+    train(whole)
+    train(pieces)
+    one, other = final_weights(whole.out), final_weights(pieces.out)
+    start = load_file(models / "student" / "model.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=2e-4, rtol=1e-3)
+    assert any(not torch.equal(value, start[name]) for name, value in one.items() if name in start)
+
+
+KILLER = """
+import json, os, signal, sys
+from pathlib import Path
+from distill import trainer
+from distill.train import config_from_json, train
+moment, step = sys.argv[2], int(sys.argv[3])
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+if moment == "saving":
+    original = trainer.DistillTrainer._save_optimizer_and_scheduler
+    def save(self, folder):
+        if self.state.global_step == step:
+            die()
+        original(self, folder)
+    trainer.DistillTrainer._save_optimizer_and_scheduler = save
+else:
+    original = trainer.Reporter.on_step_end
+    def on_step_end(self, args, state, control, **rest):
+        if state.global_step == step:
+            die()
+        original(self, args, state, control, **rest)
+    trainer.Reporter.on_step_end = on_step_end
+train(config_from_json(json.loads(Path(sys.argv[1]).read_text())))
+"""
+
+
+@pytest.mark.parametrize(("moment", "step"), [("saving", 4), ("stepping", 5), ("stepping", 1)])
+def test_a_killed_run_resumes_to_the_same_bits(models: Path, tmp_path: Path, moment: str, step: int) -> None:
+    reference = tiny(models, tmp_path / "reference")
+    train(reference)
+    killed = dataclasses.replace(reference, out=tmp_path / "killed")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(killed)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLER, str(tmp_path / "config.json"), moment, str(step)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (killed.out / "student").exists()
+    train(dataclasses.replace(killed, resume=True))
+    one, other = final_weights(reference.out), final_weights(killed.out)
+    for name, value in one.items():
+        assert torch.equal(other[name], value), name
+    steps = [json.loads(line)["step"] for line in (killed.out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps.count(2) == 1
+
+
+def test_ctrl_c_writes_a_checkpoint_and_resumes(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = tiny(models, tmp_path / "reference", save_every=100)
+    train(reference)
+    stopped = dataclasses.replace(reference, out=tmp_path / "stopped")
+    original = DistillTrainer.training_step
+
+    def interrupt(self: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    monkeypatch.undo()
+    checkpoint = last_checkpoint(stopped.out)
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-3"
+    train(dataclasses.replace(stopped, resume=True))
+    one, other = final_weights(reference.out), final_weights(stopped.out)
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_bfloat16_autocast_really_casts(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distill.objective import Objective
+
+    seen: list[torch.dtype] = []
+    original = Objective.__call__
+
+    def watch(self: Objective, student: Any, batch: Any, normaliser: Any) -> Any:
+        if student.training:
+            hook = student.model.language_model.layers[0].mlp.down_proj.register_forward_hook(
+                lambda _m, _i, output: seen.append(output.dtype)
+            )
+            try:
+                return original(self, student, batch, normaliser)
+            finally:
+                hook.remove()
+        return original(self, student, batch, normaliser)
+
+    monkeypatch.setattr(Objective, "__call__", watch)
+    train(tiny(models, tmp_path / "run", bf16=True, steps=2, eval_every=0))
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_an_existing_run_is_never_overwritten(models: Path, tmp_path: Path) -> None:
+    config = tiny(models, tmp_path / "run", steps=2, eval_every=0, objective="sft")
+    train(config)
+    before = final_weights(config.out)
+    with pytest.raises(UserError, match="--resume"):
+        train(config)
+    assert all(torch.equal(value, before[name]) for name, value in final_weights(config.out).items())
+
+
+def test_resume_without_a_run_is_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run to resume"):
+        train(tiny(models, tmp_path / "nothing", resume=True))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_pair_with_different_tokenizers_is_refused(models: Path, tmp_path: Path) -> None:
+    other = make_student(tmp_path / "other", **SIZES)
+    text = (other / "tokenizer.json").read_text().replace("<|endoftext|>", "<|finis|>")
+    (other / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match="tokenizers"):
+        train(tiny(models, tmp_path / "run", teacher=str(other)))
+    make_student(tmp_path / "larger", **SIZES, image_size=64)
+    with pytest.raises(CheckpointError, match="different pixels"):
+        train(tiny(models, tmp_path / "run", teacher=str(tmp_path / "larger")))
+
+
+def test_padded_vocabularies_share_their_common_part(models: Path, tmp_path: Path) -> None:
+    from distill.pair import shared_vocabulary
+
+    teacher, student = open_checkpoint(models / "teacher"), open_checkpoint(models / "student")
+    wider = dataclasses.replace(
+        teacher, config={**teacher.config, "text_config": {**teacher.config["text_config"], "vocab_size": 1024}}
+    )
+    assert shared_vocabulary(wider, student) == student.config["text_config"]["vocab_size"]
+
+
+def test_teacher_forced_matches_equal_free_running_greedy_decoding(models: Path) -> None:
+    """The shortcut used for accuracy: greedy decoding reproduces the reference iff every argmax on it does."""
+    checkpoint = open_checkpoint(models / "student")
+    model = load_model(checkpoint)
+    collate = Collator(checkpoint.tokenizer.spec.pad_token_id)
+    examples = DigitsExamples("test", 12, checkpoint.tokenizer, checkpoint.image)
+    # teach the random model by rote so that some answers match
+    from distill.config import Align, LossWeights
+    from distill.data import to_batch
+    from distill.objective import Normaliser, Objective
+
+    objective = Objective(("sft",), LossWeights(), Align(), None, 10**6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = to_batch(collate([examples[i] for i in range(6)]))
+    for _ in range(40):
+        objective(model, batch, Normaliser.of(batch))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours = greedy_matches(model.eval(), examples, 12, collate)
+    for index, matched in enumerate(ours):
+        example = examples[index]
+        start = example.spans.index("response")
+        answer = [i for i, s in zip(example.ids, example.spans, strict=True) if s == "response"]
+        out = model.generate(
+            input_ids=torch.tensor([example.ids[:start]]),
+            pixel_values=torch.from_numpy(example.pixels[0])[None],
+            max_new_tokens=len(answer),
+            do_sample=False,
+            eos_token_id=list(checkpoint.tokenizer.spec.eos_token_ids),
+        )[0, start:].tolist()
+        assert matched == (out == answer), index
+    assert 0 < sum(ours) < 12
+
+
+def test_llava_json_equals_the_digits_stream(models: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(models / "student")
+    records = []
+    for index in range(3):
+        sample = digits.sample("train", index)
+        sample.image.save(tmp_path / f"{index}.png")
+        turns = [{"from": "human", "value": f"<image>\n{sample.question}"}, {"from": "gpt", "value": sample.answer}]
+        records.append({"id": index, "image": f"{index}.png", "conversations": turns})
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    ours = LlavaJson(tmp_path / "d.json", None, checkpoint.tokenizer, checkpoint.image)
+    stream = DigitsExamples("train", 3, checkpoint.tokenizer, checkpoint.image)
+    for index in range(3):
+        assert ours[index].ids == stream[index].ids
+        assert ours[index].spans == stream[index].spans
+        assert (ours[index].pixels[0] == stream[index].pixels[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ("x", "conversations"),
+        ({"conversations": 3}, "conversations"),
+        ({"conversations": []}, "conversations"),
+        ({"image": "missing.png", "conversations": []}, "image"),
+        ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}, "image"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "conversations"),
+        ({"conversations": [{"from": "human"}]}, "conversations"),
+    ],
+)
+def test_a_bad_record_is_named(models: Path, tmp_path: Path, record: object, field: str) -> None:
+    checkpoint = open_checkpoint(models / "student")
+    good = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    (tmp_path / "d.json").write_text(json.dumps([good, record]))
+    with pytest.raises(DataError, match=rf"record 1.*{field}"):
+        LlavaJson(tmp_path / "d.json", None, checkpoint.tokenizer, checkpoint.image)
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    drop_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
