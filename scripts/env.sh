@@ -35,7 +35,7 @@ heartbeat() {
 
 # install EXTRA: make .venv hold this project with that extra, at the versions of constraints.txt
 install() {
-    local extra=$1 python stamp wanted log beat status=0
+    local extra=$1 python stamp wanted log status=0
     python=$(find_python)
     wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" <("$python" --version) <(printf '%s' "$root") | sha256sum | cut -d' ' -f1)
     stamp="$venv/.installed-$extra"
@@ -52,14 +52,14 @@ install() {
     log="$venv/install-$extra.log"
     heartbeat &
     beat=$!
-    trap 'kill $beat 2>/dev/null' EXIT
+    trap 'kill "$beat" 2>/dev/null' EXIT
     {
         # torch first and alone: a resolver that meets it through another package may choose a build for GPUs
         "$venv/bin/python" -m pip install -c "$root/constraints.txt" torch &&
             "$venv/bin/python" -m pip install -c "$root/constraints.txt" -e "$root[$extra]"
     } >"$log" 2>&1 || status=$?
-    kill "$beat" 2>/dev/null
-    wait "$beat" 2>/dev/null
+    kill "$beat" 2>/dev/null || true
+    wait "$beat" 2>/dev/null || true
     trap - EXIT
     if [ "$status" -ne 0 ]; then
         tail -n 25 "$log" >&2
