@@ -128,6 +128,36 @@ class Engine:
         self.submit(messages, sampling, listener=events.put, cancel=cancel, deadline_s=deadline_s)
         return EventStream(events, cancel)
 
+    def complete(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+    ) -> list[Event]:
+        """Run a request to its end and return all its events: for scores and speed runs.
+
+        The calling thread sleeps until the end. One that wakes for every token takes Python's interpreter lock each
+        time, and on a busy machine the model then waits for that thread to get a core.
+
+        Raises:
+            What `generate` raises.
+        """
+        events: list[Event | Failed] = []
+        ended = threading.Event()
+
+        def listen(event: Event | Failed) -> None:
+            events.append(event)
+            if isinstance(event, Done | Failed):
+                ended.set()
+
+        self.submit(messages, sampling, listener=listen, cancel=cancel, deadline_s=deadline_s)
+        ended.wait()
+        if isinstance(events[-1], Failed):
+            raise events[-1].error
+        return [event for event in events if not isinstance(event, Failed)]
+
     def close(self) -> None:
         """End the running request, fail the waiting ones with EngineClosed, free the model. Safe to call twice."""
         with self._lock:

@@ -364,6 +364,17 @@ def test_close_fails_waiting_requests_and_refuses_new_ones() -> None:
         engine.generate([question("2")])
 
 
+def test_complete_gives_the_events_of_generate() -> None:
+    engine, backend, _ = fake("abc")
+    with engine:
+        streamed, complete = run(engine), engine.complete([question("hi", picture())])
+        assert complete == streamed
+        assert last(engine.complete([question("hi")], Sampling(stop=("c",)), deadline_s=9)).text == "ab"
+        backend.script = FakeScript(fail_at="step")
+        with pytest.raises(RuntimeError, match="scripted failure"):
+            engine.complete([question("hi")])
+
+
 def test_a_listener_may_close_the_engine() -> None:
     engine, backend, _ = fake("abc")
     seen: list[Event | Failed] = []
