@@ -175,4 +175,7 @@ def save_checkpoint(
     """Write a plain Hugging Face directory; `vlm.json` comes last, so its presence means the write finished."""
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
+    for path in directory.iterdir():
+        if path.is_file():
+            path.chmod(0o644)  # the weights come out readable by their owner only
     write_atomic(directory / PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")

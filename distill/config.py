@@ -96,6 +96,7 @@ class TrainConfig:
         max_grad_norm: gradient clipping.
         freeze_vision: keep the vision tower fixed.
         bf16: train in bfloat16 autocast; weights and optimiser stay float32.
+        save_dtype: type the student's weights are stored in; accuracy is measured after rounding to it.
         eval_every: steps between evaluations; 0 only at the end.
         eval_samples: held-out samples for task accuracy.
         save_every: steps between checkpoints.
@@ -126,6 +127,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
     bf16: bool = False
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     eval_every: int = 0
     eval_samples: int = 500
     save_every: int = 500

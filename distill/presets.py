@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from distill.assemble import Shape
 from distill.config import TrainConfig
 from vlm.errors import CheckpointError
 
-# compact student: 2 decoder layers against the teacher's 4, a narrower and shallower tower
-DIGITS_STUDENT = Shape(vision_hidden=96, vision_layers=3, vision_intermediate=192, layers=2, intermediate=512)
 DIGITS_TEACHER = Shape(vision_hidden=128, vision_layers=4, vision_intermediate=384, layers=4, intermediate=512)
+# as in the paper, the student keeps the teacher's kind of tower; its decoder is half as deep and starts from scratch
+DIGITS_STUDENT = dataclasses.replace(DIGITS_TEACHER, layers=2)
 
 DIGITS_TRAIN: dict[str, Any] = {
     "preset": "digits",
@@ -37,6 +38,7 @@ TEACHER_TRAIN: dict[str, Any] = {
     "samples": 1_000_000,
     "augment": True,
     "bf16": True,
+    "save_dtype": "float16",
     "eval_every": 1000,
     "eval_samples": 1000,
     "save_every": 500,

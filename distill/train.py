@@ -162,7 +162,8 @@ def _student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Module
 
     tokenizer = AutoTokenizer.from_pretrained(teacher.directory)
     model = build_model(presets.DIGITS_STUDENT, tokenizer, config.seed).train()
-    # tokenizer, template and pixels are the teacher's; only the network is new
+    # a LLaVA student starts from a trained tower; projector and decoder are new
+    model.model.vision_tower.load_state_dict(load_model(teacher).model.vision_tower.state_dict())
     return model, dataclasses.replace(teacher, config=model.config.to_dict(), provenance={})
 
 
@@ -214,7 +215,8 @@ def _validate(run: Run, objective: Objective, model: nn.Module) -> dict[str, flo
 
 
 def _finish(run: Run, collate: Collator, seconds: float) -> TrainResult:
-    config, model = run.config, run.student.eval()
+    config = run.config
+    model = run.student.eval().to(getattr(torch, config.save_dtype)).to(torch.float32)
     scored = evaluate.accuracy(model, run.data.test, config.eval_samples, collate) if run.data.test else None
     student = config.out / "student"
     result = TrainResult(
@@ -230,7 +232,8 @@ def _finish(run: Run, collate: Collator, seconds: float) -> TrainResult:
 
     processor = AutoProcessor.from_pretrained(run.student_source.directory)
     with atomic_dir(student) as work:
-        save_checkpoint(model.to("cpu"), processor, work, _provenance(run, result))
+        stored = model.to("cpu", getattr(torch, config.save_dtype))
+        save_checkpoint(stored, processor, work, _provenance(run, result))
     title = f"{config.objective} on {run.data.description['name']}, seed {config.seed}"
     report.loss_curve(report.read_metrics(config.out / METRICS), title, config.out / "loss.png")
     shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # the student supersedes them
