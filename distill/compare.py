@@ -27,6 +27,7 @@ from vlm.files import write_atomic
 from vlm.load import PROVENANCE
 
 SWEEP_SEED = 9001
+EQUAL_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def parse(argv: Sequence[str]) -> Plan:
     parser.add_argument("--preset", default="digits", choices=sorted(presets.PRESETS))
     parser.add_argument("--objectives", default="sft,kd,align-ti", help=f"comma-separated, of {', '.join(OBJECTIVES)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
-    parser.add_argument("--lrs", default="1e-3,2e-3,4e-3", help="learning rates every objective is tried with")
-    parser.add_argument("--steps", type=int, default=0, help="steps of the equal-steps budget (default: the preset's)")
-    parser.add_argument("--sweep-steps", type=int, default=0, help="steps of a sweep run (default: same as --steps)")
+    parser.add_argument("--lrs", default="5e-4,1e-3,2e-3", help="learning rates every objective is tried with")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the equal-steps budget (default: 500)")
+    parser.add_argument("--sweep-steps", type=int, default=0, help="steps of a sweep run (default: half)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--json", action="store_true")
@@ -89,9 +90,17 @@ def parse(argv: Sequence[str]) -> Plan:
         lrs = tuple(float(value) for value in args.lrs.split(","))
     except ValueError:
         raise UserError(f"--lrs {args.lrs!r} is not a comma-separated list of numbers, e.g. 1e-3,2e-3") from None
-    steps = args.steps or presets.defaults(args.preset).steps
+    steps = args.steps or EQUAL_STEPS
     return Plan(
-        args.preset, objectives, args.seeds, lrs, steps, args.sweep_steps or steps, args.jobs, args.out, args.json
+        args.preset,
+        objectives,
+        args.seeds,
+        lrs,
+        steps,
+        args.sweep_steps or max(1, steps // 2),
+        args.jobs,
+        args.out,
+        args.json,
     )
 
 

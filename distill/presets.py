@@ -18,13 +18,13 @@ DIGITS_STUDENT = dataclasses.replace(DIGITS_TEACHER, layers=2)
 DIGITS_TRAIN: dict[str, Any] = {
     "preset": "digits",
     "steps": 700,
-    "batch_size": 48,
-    "lr": 3e-3,
+    "batch_size": 32,
+    "lr": 1e-3,
     "warmup": 0.05,
     "weight_decay": 0.01,
     "samples": 20_000,
     "eval_every": 350,
-    "eval_samples": 600,
+    "eval_samples": 1000,
     "save_every": 100,
 }
 TEACHER_TRAIN: dict[str, Any] = {

@@ -63,6 +63,7 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._term_sums: dict[str, float] = {}
         self._term_step = 0
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -105,8 +106,11 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        metrics = {f"eval_{name}": value for name, value in self.evaluate_now(self.model).items()}
-        self.log(metrics)
+        step, metrics = self._evaluated
+        if step != self.state.global_step:  # the base class asks twice when the last step is an evaluation step
+            metrics = {f"eval_{name}": value for name, value in self.evaluate_now(self.model).items()}
+            self._evaluated = self.state.global_step, metrics
+            self.log(metrics)
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
