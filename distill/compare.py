@@ -179,7 +179,7 @@ def _run_one(config: TrainConfig) -> TrainConfig:
     if (config.out / CONFIG).is_file():
         options = ["--resume", "--out", str(config.out)]
     else:
-        recipe = config.out.with_suffix(".recipe.json")  # JSON is YAML
+        recipe = config.out.parent / f"{config.out.name}.recipe.json"  # JSON is YAML
         write_atomic(recipe, json.dumps(config_to_json(config), indent=1) + "\n")
         options = ["--config", str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -193,6 +193,10 @@ def _run_one(config: TrainConfig) -> TrainConfig:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ToolError(f"{config.out.name} failed ({reason}); run the same command again to go on")
+    if not (config.out / "student" / PROVENANCE).is_file():
+        raise ToolError(
+            f"{config.out.name} ended without a student; remove {config.out} and run the same command again"
+        )
     return config
 
 

@@ -99,7 +99,7 @@ def plot(scores: LayerScores, path: Path) -> None:
     axes.bar(range(len(scores.scores)), scores.scores, color=colours)
     axes.set_xlabel("teacher layer")
     axes.set_ylabel("IRS")
-    axes.set_title(f"Instruction relevance by layer ({scores.pairs} pairs; layer {scores.best} chosen)", fontsize=10)
+    axes.set_title(f"layer {scores.best} chosen over {scores.pairs} pairs", fontsize=10)
     axes.set_xticks(range(len(scores.scores)))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
