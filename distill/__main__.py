@@ -97,13 +97,20 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, bool]:
             raise UserError(f"preset {preset!r} is unknown; choose one of {', '.join(presets.PRESETS)}")
         parser.set_defaults(presets.PRESETS[preset])
     try:
-        namespace = parser.parse_args(argv)
+        namespace = parser.parse_args(_spell_out_flags(argv, TrainConfig))
         as_json = bool(namespace.pop("json"))
         namespace.pop("config")
         values = parser.instantiate(namespace)
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise UserError(f"{_first_reason(error)}; see `python -m distill train --help`") from None
     return TrainConfig(**values.as_dict()), as_json
+
+
+def _spell_out_flags(argv: list[str], config: type[TrainConfig]) -> list[str]:
+    """`--resume` alone means `--resume=true`; the parser itself wants a value for every option."""
+    flags = {f"--{field.name}" for field in dataclasses.fields(config) if field.type == "bool"}
+    bare = [word in flags and (i + 1 == len(argv) or argv[i + 1].startswith("-")) for i, word in enumerate(argv)]
+    return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
 
 
 def _peek_preset(argv: list[str]) -> str | None:

@@ -1,0 +1,72 @@
+"""Command line, recipe and preset -> TrainConfig."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.__main__ import parse_train
+from distill.presets import DIGITS_TRAIN
+from vlm.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--resume", "--out", "runs/x"],
+        ["--out", "runs/x", "--resume"],
+        ["--out=runs/x", "--resume", "true"],
+        ["--resume=true", "--out=runs/x"],
+    ],
+)
+def test_flags_need_no_value(words: list[str]) -> None:
+    config, as_json = parse_train(words)
+    assert config.resume is True
+    assert config.out == Path("runs/x")
+    assert not as_json
+
+
+def test_flags_can_be_turned_off() -> None:
+    assert parse_train(["--resume", "false"])[0].resume is False
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("preset: digits\nsteps: 7\nlr: 0.5\nalign:\n  candidates: 2\nweights:\n  iva: 0.5\n")
+    config, as_json = parse_train(["--config", str(recipe), "--lr", "0.25", "--json"])
+    assert (config.steps, config.lr, config.align.candidates, config.weights.iva) == (7, 0.25, 2, 0.5)
+    assert config.batch_size == DIGITS_TRAIN["batch_size"], "the preset fills what the recipe leaves out"
+    assert config.weights.kd == 1.0
+    assert as_json
+
+
+def test_the_preset_of_the_command_line_is_found_in_both_spellings() -> None:
+    for words in (["--preset", "digits"], ["--preset=digits"]):
+        assert parse_train(words)[0].steps == DIGITS_TRAIN["steps"]
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["--steps", "0"], "steps"),
+        (["--lr", "-1"], "lr"),
+        (["--steps", "many"], "steps"),
+        (["--align.candidates", "0"], "candidates"),
+        (["--align.temperature", "0"], "temperature"),
+        (["--align.direction", "sideways"], "sideways"),
+        (["--objective", "magic"], "magic"),
+    ],
+)
+def test_bad_values_are_named_in_one_line(words: list[str], seen: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_train(["--preset", "digits", *words])
+    assert seen in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_no_option_is_ignored_by_the_objective() -> None:
+    config, _ = parse_train(["--preset", "digits", "--objective", "align-ti", "--weights.kd", "0", "--weights.tpa=0"])
+    assert config.terms == ("sft", "iva")
+    assert config.needs_teacher
+    assert not parse_train(["--preset", "digits", "--objective", "sft"])[0].needs_teacher
