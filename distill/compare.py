@@ -27,7 +27,7 @@ from vlm.files import write_atomic
 from vlm.load import PROVENANCE
 
 SWEEP_SEED = 9001
-EQUAL_STEPS = 500
+EQUAL_STEPS, SWEEP_STEPS = 350, 250
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def parse(argv: Sequence[str]) -> Plan:
     parser.add_argument("--objectives", default="sft,kd,align-ti", help=f"comma-separated, of {', '.join(OBJECTIVES)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
     parser.add_argument("--lrs", default="5e-4,1e-3,2e-3", help="learning rates every objective is tried with")
-    parser.add_argument("--steps", type=int, default=0, help="steps of the equal-steps budget (default: 500)")
-    parser.add_argument("--sweep-steps", type=int, default=0, help="steps of a sweep run (default: half)")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the equal-steps budget (default: 350)")
+    parser.add_argument("--sweep-steps", type=int, default=0, help="steps of a sweep run (default: 250)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--json", action="store_true")
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str]) -> Plan:
         args.seeds,
         lrs,
         steps,
-        args.sweep_steps or max(1, steps // 2),
+        args.sweep_steps or min(steps, SWEEP_STEPS),
         args.jobs,
         args.out,
         args.json,
