@@ -51,12 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(argv: list[str], teacher: bool) -> int:
-    config, as_json = parse_train(argv)
+    config, as_json = parse_teacher(argv) if teacher else parse_train(argv)
     _quiet()
     from distill.train import train
 
-    if teacher and config.preset != "digits":
-        raise UserError("only the digits preset has a teacher recipe; add --preset digits")
     config = _with_run_directory(config, "teacher" if teacher else config.objective)
     if teacher:
         from distill.make_teacher import teacher_config
@@ -92,7 +90,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, bool]:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
     parser.add_class_arguments(TrainConfig)
     preset = _peek_preset(argv)
-    if preset:
+    if preset and preset != "none":
         if preset not in presets.PRESETS:
             raise UserError(f"preset {preset!r} is unknown; choose one of {', '.join(presets.PRESETS)}")
         parser.set_defaults(presets.PRESETS[preset])
@@ -103,7 +101,39 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, bool]:
         values = parser.instantiate(namespace)
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise UserError(f"{_first_reason(error)}; see `python -m distill train --help`") from None
-    return TrainConfig(**values.as_dict()), as_json
+    config = TrainConfig(**values.as_dict())
+    if config.resume:
+        _refuse_options_beside_resume(argv)
+    return config, as_json
+
+
+def parse_teacher(argv: list[str]) -> tuple[TrainConfig, bool]:
+    """The teacher's recipe is fixed; only where, with which seed and how many threads can be chosen."""
+    from distill.config import NEW_RUN, TrainConfig
+    from vlm.console import Parser, natural
+
+    parser = Parser(
+        prog="python -m distill teacher",
+        description="Train the teacher of a preset from scratch.",
+        epilog="example: python -m distill teacher --preset digits --out runs/teacher",
+    )
+    parser.add_argument("--preset", choices=["digits"], default="digits")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--out", type=Path, default=NEW_RUN)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    config = TrainConfig(preset="digits", seed=args.seed, threads=args.threads, out=args.out, resume=args.resume)
+    return config, args.json
+
+
+def _refuse_options_beside_resume(argv: list[str]) -> None:
+    """A resumed run takes its options from its folder; another value here would be silently ignored."""
+    allowed = ("--resume", "--out", "--json")
+    for word in argv:
+        if word.startswith("--") and word.split("=", 1)[0] not in allowed:
+            raise UserError(f"--resume takes its options from OUT/config.json; drop {word.split('=', 1)[0]}")
 
 
 def _spell_out_flags(argv: list[str], config: type[TrainConfig]) -> list[str]:
@@ -134,8 +164,8 @@ def _preset_of_recipe(recipe: Path) -> str | None:
 
     try:
         value = yaml.safe_load(recipe.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no recipe at {recipe}; check --config") from None
+    except OSError as error:
+        raise UserError(f"recipe {recipe} cannot be read ({error.strerror}); check --config") from None
     except yaml.YAMLError as error:
         raise UserError(f"{recipe} is not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(value, dict):
@@ -151,8 +181,12 @@ def _first_reason(error: Exception) -> str:
 
 
 def _with_run_directory(config: TrainConfig, name: str) -> TrainConfig:
-    if config.out != type(config)().out or config.resume:
+    from distill.config import NEW_RUN
+
+    if config.out != NEW_RUN:
         return config
+    if config.resume:
+        raise UserError("--resume needs the run's folder; add --out runs/NAME")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return dataclasses.replace(config, out=Path("runs") / f"{config.preset}-{name}-seed{config.seed}-{stamp}")
 

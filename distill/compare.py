@@ -21,7 +21,7 @@ from typing import Any
 
 from distill import presets
 from distill.config import OBJECTIVES, TrainConfig
-from vlm.console import Parser, Progress, note, print_json, table
+from vlm.console import Parser, Progress, natural, note, print_json, table
 from vlm.errors import ToolError, UserError
 from vlm.files import write_atomic
 from vlm.load import PROVENANCE
@@ -74,13 +74,13 @@ def parse(argv: Sequence[str]) -> Plan:
     parser.add_argument("--objectives", default="sft,kd,align-ti", help=f"comma-separated, of {', '.join(OBJECTIVES)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
     parser.add_argument("--lrs", default="5e-4,1e-3,2e-3", help="learning rates every objective is tried with")
-    parser.add_argument("--steps", type=int, default=0, help="steps of the equal-steps budget (default: 350)")
-    parser.add_argument("--sweep-steps", type=int, default=0, help="steps of a sweep run (default: 250)")
+    parser.add_argument("--steps", type=natural, default=0, help="steps of the equal-steps budget (default: 350)")
+    parser.add_argument("--sweep-steps", type=natural, default=0, help="steps of a sweep run (default: 250)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(list(argv))
-    objectives = tuple(name.strip() for name in args.objectives.split(",") if name.strip())
+    objectives = tuple(dict.fromkeys(name.strip() for name in args.objectives.split(",") if name.strip()))
     for name in objectives:
         if name not in OBJECTIVES:
             raise UserError(f"objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
@@ -113,7 +113,9 @@ def main(argv: Sequence[str]) -> int:
     budgets = {name: max(plan.steps, round(plan.steps * slowest / seconds[name])) for name in plan.objectives}
     base = presets.defaults(plan.preset)
     wanted = {
-        (name, budget, seed): _config(plan, base, f"{name}-{steps}steps-seed{seed}", name, steps, lrs[name], seed)
+        (name, budget, seed): _config(
+            plan, base, f"{name}-{steps}steps-lr{lrs[name]:g}-seed{seed}", name, steps, lrs[name], seed
+        )
         for name in plan.objectives
         for budget, steps in (("steps", plan.steps), ("time", budgets[name]))
         for seed in range(plan.seeds)
@@ -148,7 +150,9 @@ def _sweep(plan: Plan) -> dict[str, float]:
     """Best learning rate of each objective by validation accuracy, on a seed not used afterwards."""
     base = presets.defaults(plan.preset)
     configs = {
-        (name, lr): _config(plan, base, f"sweep-{name}-lr{lr:g}", name, plan.sweep_steps, lr, SWEEP_SEED)
+        (name, lr): _config(
+            plan, base, f"sweep-{name}-{plan.sweep_steps}steps-lr{lr:g}", name, plan.sweep_steps, lr, SWEEP_SEED
+        )
         for name in plan.objectives
         for lr in plan.lrs
     }

@@ -5,6 +5,7 @@ No torch here: a mistyped option should be answered at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,9 @@ OBJECTIVES = {
     "kd+tpa": ("sft", "kd", "tpa"),
     "align-ti": TERMS,
 }
+
+
+NEW_RUN = Path("runs/NEW")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class Align:
             raise UserError(f"align.temperature must be above 0, got {self.temperature}")
         if self.candidates < 1:
             raise UserError(f"align.candidates must be at least 1, got {self.candidates}")
+        if self.iva_layer < -1:
+            raise UserError(f"align.iva_layer must be -1 (chosen by IRS) or a layer number, got {self.iva_layer}")
+        if self.irs_pairs < 1:
+            raise UserError(f"align.irs_pairs must be at least 1, got {self.irs_pairs}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,8 @@ class TrainConfig:
         data: LLaVA-style JSON file: [{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}].
         images: folder the data's image paths are relative to.
         objective: one of sft, kd, kd+iva, kd+tpa, align-ti.
-        out: run directory; the student is written to OUT/student.
-        resume: go on from the last complete checkpoint in OUT.
+        out: run directory, the student is written to OUT/student; the default makes a new dated folder under runs/.
+        resume: go on from the last complete checkpoint in OUT, with the options stored there.
         steps: optimiser steps.
         batch_size: samples per micro-batch.
         accumulate: micro-batches per optimiser step.
@@ -103,7 +111,7 @@ class TrainConfig:
         log_every: steps between log lines.
         samples: how many distinct training samples the preset's stream holds.
         augment: shift, turn and re-ink the preset's training scans.
-        seed: data order, initialisation and candidates.
+        seed: the preset's sample stream, data order, initialisation and candidates.
         threads: CPU threads; 0 leaves torch's choice.
         weights: weights of the loss terms.
         align: settings of the distillation terms.
@@ -115,7 +123,7 @@ class TrainConfig:
     data: Path | None = None
     images: Path | None = None
     objective: str = "align-ti"
-    out: Path = Path("runs/latest")
+    out: Path = NEW_RUN
     resume: bool = False
     steps: int = 1000
     batch_size: int = 8
@@ -145,8 +153,20 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_samples", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise UserError(f"lr must be above 0, got {self.lr}")
+        for name in ("lr", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("projector_lr", "weight_decay", "eval_every", "seed", "threads"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}")
+        if not self.terms:
+            raise UserError(f"every term of objective {self.objective!r} has weight 0; nothing would be trained")
+        if self.images is not None and self.data is None:
+            raise UserError(f"images {str(self.images)!r} without data; add --data F")
+        if self.augment and self.data is not None:
+            raise UserError("augment applies to the preset's scans only; drop it or --data")
 
     @property
     def terms(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from distill.objective import Batch
 from vlm import chat, digits, preprocess
-from vlm.errors import DataError, UserError
+from vlm.errors import DataError
 
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -76,6 +76,8 @@ class LlavaJson(Dataset):  # type: ignore[type-arg]
             records = json.loads(file.read_text())
         except FileNotFoundError:
             raise DataError(f"no data set at {file}; check --data") from None
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror}); name a JSON file with --data") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{file} is not valid JSON ({error}); export it again") from None
         if not isinstance(records, list):
@@ -88,8 +90,11 @@ class LlavaJson(Dataset):  # type: ignore[type-arg]
         where = f"{file} record {index}"
         if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
             raise DataError(f"{where}: field 'conversations' is missing or not a list")
-        named = record.get("image", [])
-        paths = tuple(self.root / name for name in ([named] if isinstance(named, str) else named))
+        named = record.get("image") or []
+        names = [named] if isinstance(named, str) else named
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{where}: field 'image' must be a file name or a list of them, got {named!r}")
+        paths = tuple(self.root / name for name in names)
         for path in paths:
             if not path.is_file():
                 raise DataError(f"{where}: field 'image': no file at {path}; check --images")
@@ -104,6 +109,10 @@ class LlavaJson(Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return len(self.records)
 
+    def tokens(self, index: int) -> int:
+        """Length of a record without opening its images."""
+        return len(self.tokenizer.conversation(self.records[index][0]).ids)
+
     def __getitem__(self, index: int) -> Example:
         messages, paths = self.records[index]
         conversation = self.tokenizer.conversation(messages)
@@ -115,6 +124,9 @@ def _message(where: str, turn: Any) -> chat.Message:
     if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
         raise DataError(f"{where}: field 'conversations': each turn needs 'from' (human or gpt) and a text 'value'")
     pieces = turn["value"].split(IMAGE_MARK)
+    if len(pieces) == 2 and pieces[0].strip():
+        # attention is causal: a question before its image could not look at it, so the image goes first as in LLaVA
+        pieces = ["", "\n" + " ".join(piece.strip() for piece in pieces if piece.strip())]
     parts: list[dict[str, str]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
     for piece in pieces[1:]:
         parts.append({"type": "image"})
@@ -166,13 +178,13 @@ def batches(examples: Examples, indices: Sequence[int], size: int, collate: Coll
         yield to_batch({name: value.to(device) for name, value in tensors.items()})
 
 
-def check_lengths(examples: Examples, context: int) -> None:
-    """Refuse examples longer than the student's context instead of cutting them silently.
+def check_lengths(examples: LlavaJson, context: int) -> None:
+    """Refuse records longer than the student's context instead of cutting them silently.
 
     Raises:
-        UserError: names the first example that does not fit.
+        DataError: names the first record that does not fit.
     """
     for index in range(len(examples)):
-        length = len(examples[index].ids)
+        length = examples.tokens(index)
         if length > context:
-            raise UserError(f"example {index} has {length} tokens, the student's context is {context}; shorten it")
+            raise DataError(f"record {index} has {length} tokens, the student's context is {context}; shorten it")

@@ -85,6 +85,8 @@ def layer_scores(teacher: nn.Module, examples: Examples, pairs: int, collate: Co
                     ]
                 )
         for layer in layers:
+            if not (maps[0][layer].any(dim=-1) & maps[1][layer].any(dim=-1)).all():
+                raise DataError("an instruction stands before its image and cannot attend to it; put images first")
             similarity[layer] += F.cosine_similarity(maps[0][layer], maps[1][layer], dim=-1).sum().double().cpu()
     return LayerScores(tuple((1 - similarity / len(found)).tolist()), len(found))
 

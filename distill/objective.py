@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What the terms are divided by: totals over the whole accumulated batch, over all processes."""
+    """What the terms are divided by: totals over all micro-batches of a step."""
 
     response_tokens: Tensor | float
     image_samples: Tensor | float

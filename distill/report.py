@@ -30,7 +30,8 @@ def loss_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     left.set_yscale("log")
     left.set_xlabel("step")
     left.set_ylabel("loss (dots: held out)")
-    left.legend(frameon=False, ncols=5, fontsize=8)
+    if left.get_legend_handles_labels()[0]:
+        left.legend(frameon=False, ncols=5, fontsize=8)
     matches = [(m["step"], m["eval_exact_match"]) for m in metrics if "eval_exact_match" in m]
     if matches:
         right.plot(*zip(*matches, strict=True), color="#1f6feb", marker="o")

@@ -21,12 +21,12 @@ from distill.config import Align, LossWeights, TrainConfig
 from distill.data import Collator, DigitsExamples, Examples, LlavaJson, check_lengths
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
-from distill.trainer import METRICS, DistillTrainer, last_checkpoint
+from distill.trainer import COMPLETE, METRICS, DistillTrainer, last_checkpoint
 from vlm import digits
 from vlm.console import note
 from vlm.errors import CheckpointError, UserError
-from vlm.files import atomic_dir, write_atomic
-from vlm.load import Checkpoint, load_model, open_checkpoint
+from vlm.files import atomic_dir, read_json, write_atomic
+from vlm.load import PROVENANCE, Checkpoint, load_model, open_checkpoint
 
 CONFIG = "config.json"
 
@@ -78,23 +78,54 @@ def train(config: TrainConfig) -> TrainResult:
         KeyboardInterrupt: stopped by Ctrl-C after writing a checkpoint.
     """
     config = _open_run_directory(config)
+    if config.resume and (config.out / "student" / PROVENANCE).is_file():
+        note(f"{config.out} is finished already")
+        return _stored_result(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     started = time.monotonic()
     run = load_run(config)
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(config.out / CONFIG, json.dumps(config_to_json(config), indent=1) + "\n")
-    objective = Objective(config.terms, config.weights, config.align, run.teacher, run.vocabulary, _iva_layer(run))
+    iva_layer, scores = _iva_layer(run)
+    _start_run_directory(config, scores)
+    objective = Objective(config.terms, config.weights, config.align, run.teacher, run.vocabulary, iva_layer)
     collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
     trainer = DistillTrainer(
         config, run.student, objective, run.data.train, collate, lambda model: _validate(run, objective, model)
     )
+    trainer.started = started
     checkpoint = last_checkpoint(config.out) if config.resume else None
+    if checkpoint:
+        trainer.seconds_before = float((checkpoint / COMPLETE).read_text())
     if config.resume:
         note(f"going on from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return _finish(run, collate, time.monotonic() - started)
+    return _finish(run, collate, trainer.seconds())
+
+
+def _start_run_directory(config: TrainConfig, scores: irs.LayerScores | None) -> None:
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {config.out} ({error.strerror}); choose another --out") from None
+    write_atomic(config.out / CONFIG, json.dumps(config_to_json(config), indent=1) + "\n")
+    if scores is not None:
+        write_atomic(config.out / "irs.json", json.dumps(scores.to_json()) + "\n")
+        irs.plot(scores, config.out / "irs.png")
+
+
+def _stored_result(config: TrainConfig) -> TrainResult:
+    stored = read_json(config.out / "student" / PROVENANCE)
+    interval = tuple(stored["interval"]) if stored["interval"] else None
+    return TrainResult(
+        config.out / "student",
+        stored["objective"],
+        stored["exact_match"],
+        stored["n"],
+        interval,
+        stored["seconds"],
+        config.seed,
+    )
 
 
 def _open_run_directory(config: TrainConfig) -> TrainConfig:
@@ -124,10 +155,16 @@ def load_run(config: TrainConfig) -> Run:
         raise UserError(f"objective {config.objective!r} needs a teacher; pass --teacher DIR or --objective sft")
     student, student_source = _student(config, teacher_source)
     data = _data(config, student_source)
+    if len(data.train) < config.batch_size:
+        raise UserError(
+            f"{len(data.train)} training samples do not fill one batch of {config.batch_size}; lower batch_size"
+        )
     vocabulary = int(student_source.config["text_config"]["vocab_size"])
     teacher = None
     if config.needs_teacher and teacher_source is not None:
         vocabulary = shared_vocabulary(teacher_source, student_source)
+        if config.align.candidates >= vocabulary:
+            raise UserError(f"align.candidates {config.align.candidates}: the vocabulary has only {vocabulary} tokens")
         teacher = load_model(teacher_source).requires_grad_(False)
         if torch.cuda.is_available():
             teacher = teacher.to("cuda")
@@ -139,14 +176,14 @@ def load_run(config: TrainConfig) -> Run:
 def _local(name: str) -> Path:
     """A local directory, or the snapshot of a hub id (the only case that may use the network)."""
     path = Path(name)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return path
+    if path.exists() or path.parent.exists() or name.count("/") != 1 or name.startswith((".", "~")):
+        return path  # a local path, mistyped or not
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is neither a directory nor a reachable hub id ({type(error).__name__})"
         ) from None
@@ -163,7 +200,13 @@ def _student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Module
     tokenizer = AutoTokenizer.from_pretrained(teacher.directory)
     model = build_model(presets.DIGITS_STUDENT, tokenizer, config.seed).train()
     # a LLaVA student starts from a trained tower; projector and decoder are new
-    model.model.vision_tower.load_state_dict(load_model(teacher).model.vision_tower.state_dict())
+    try:
+        model.model.vision_tower.load_state_dict(load_model(teacher).model.vision_tower.state_dict())
+    except RuntimeError:
+        raise CheckpointError(
+            f"the preset's student takes over the teacher's tower, and that of {teacher.directory} has other sizes; "
+            "pass --student DIR"
+        ) from None
     return model, dataclasses.replace(teacher, config=model.config.to_dict(), provenance={})
 
 
@@ -181,28 +224,26 @@ def _data(config: TrainConfig, student: Checkpoint) -> Data:
     from vlm.files import sha256_file
 
     examples = LlavaJson(config.data, config.images, student.tokenizer, student.image)
-    check_lengths(examples, int(student.config["text_config"]["max_position_embeddings"]))
+    check_lengths(examples, int(student.config["text_config"].get("max_position_embeddings", 32768)))
     return Data(
         examples, None, None, {"name": config.data.name, "sha256": sha256_file(config.data), "samples": len(examples)}
     )
 
 
-def _iva_layer(run: Run) -> int:
+def _iva_layer(run: Run) -> tuple[int, irs.LayerScores | None]:
     config = run.config
     if "iva" not in config.terms or run.teacher is None or run.teacher_source is None:
-        return 0
+        return 0, None
     layers = len(run.teacher.model.language_model.layers)
     if config.align.iva_layer >= layers:
         raise UserError(f"align.iva_layer {config.align.iva_layer}: the teacher has layers 0 to {layers - 1}")
     if config.align.iva_layer >= 0:
-        return config.align.iva_layer
+        return config.align.iva_layer, None
     collate = Collator(run.teacher_source.tokenizer.spec.pad_token_id)
     scores = irs.layer_scores(run.teacher, run.data.train, config.align.irs_pairs, collate)
-    write_atomic(config.out / "irs.json", json.dumps(scores.to_json()) + "\n")
-    irs.plot(scores, config.out / "irs.png")
     shown = " ".join(f"{score:.3f}" for score in scores.scores)
     note(f"IRS by teacher layer over {scores.pairs} pairs: {shown}; layer {scores.best} weights the visual tokens")
-    return scores.best
+    return scores.best, scores
 
 
 def _validate(run: Run, objective: Objective, model: nn.Module) -> dict[str, float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -20,7 +22,7 @@ from distill.config import TrainConfig
 from distill.data import Collator, Examples, to_batch
 from distill.objective import Normaliser, Objective
 from vlm.console import Progress
-from vlm.errors import UserError
+from vlm.errors import GateFailed, UserError
 
 COMPLETE = "complete"
 METRICS = "metrics.jsonl"
@@ -62,12 +64,14 @@ class DistillTrainer(Trainer):
         self.objective, self.evaluate_now = objective, evaluate_now
         self.loss_is_scaled_for_ga = True
         self._term_sums: dict[str, float] = {}
-        self._term_step = 0
+        self._term_steps = 0
+        self.started, self.seconds_before = time.monotonic(), 0.0
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        self._term_steps += 1
         micro_batches: list[dict[str, Tensor]] = []
         for _ in range(num_batches):
             micro_batch = next(epoch_iterator, None)
@@ -94,15 +98,16 @@ class DistillTrainer(Trainer):
         # the framework casts inside the model's own forward, which the objective does not go through
         with self.accelerator.autocast():
             loss, values = self.objective(self.accelerator.unwrap_model(model), batch, normaliser)
+        if not math.isfinite(float(loss.detach())):
+            raise GateFailed(f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}; lower --lr")
         for name, value in values.items():
             self._term_sums[name] = self._term_sums.get(name, 0.0) + float(value)
         return (loss, values) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        steps = self.state.global_step - self._term_step
-        if "loss" in logs and steps > 0:
-            logs = {**logs, **{name: round(value / steps, 6) for name, value in self._term_sums.items()}}
-            self._term_sums, self._term_step = {}, self.state.global_step
+        if "loss" in logs and self._term_steps:
+            logs = {**logs, **{name: round(value / self._term_steps, 6) for name, value in self._term_sums.items()}}
+            self._term_sums, self._term_steps = {}, 0
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -124,7 +129,11 @@ class DistillTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         # a process killed while saving leaves a folder without this mark; resuming passes over it
-        (folder / COMPLETE).touch()
+        (folder / COMPLETE).write_text(str(self.seconds()))
+
+    def seconds(self) -> float:
+        """Seconds trained so far, those before an interruption included."""
+        return self.seconds_before + time.monotonic() - self.started
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
@@ -138,6 +147,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         warmup_steps=max(1, round(config.warmup * config.steps)),
         max_grad_norm=config.max_grad_norm,
         logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every or None,
         save_steps=config.save_every,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export.options import PRECISIONS, TARGETS, ExportOptions, plan_runs
-from vlm.console import Parser, note, print_json, table
+from vlm.console import Parser, natural, note, print_json, table
 from vlm.errors import GateFailed, MissingPiece, UserError
 from vlm.load import newest_run
 from vlm.manifest import check_files, file_entry, read_manifest, write_manifest
@@ -36,7 +36,7 @@ def export_parser() -> argparse.ArgumentParser:
     offered = "; ".join(f"{target}: {', '.join(names)}" for target, names in PRECISIONS.items())
     parser.add_argument("--precision", help=f"{offered} (default: the first; gguf writes both)")
     parser.add_argument("--samples", type=int, default=200, help="unseen samples for the accuracy gate (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples drawn (default 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the samples drawn (default 0)")
     parser.add_argument("--dry-run", action="store_true", help="check the student and sizes, write nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser

@@ -62,6 +62,8 @@ def plan_runs(
     """The artefacts one command writes: one, or every precision of a target that has several files to offer."""
     kind = cast(Target, target)
     base = out or Path("artifacts") / f"{run_name(student)}-{kind}"
+    if not base.name:
+        raise UserError(f"--out {base} is not a folder of its own; name a new one, e.g. artifacts/student")
     if precision is not None or kind != "gguf":
         chosen = precision or PRECISIONS[kind][0]
         # a named precision gets its own default folder, so that it never replaces the plain export

@@ -10,6 +10,7 @@ from export import parity
 from export.backends import chat_tokenizer, gate_of, open_backend
 from export.evidence import load_reference
 from export.replay import greedy, make_prompt
+from vlm.errors import ArtifactError
 from vlm.manifest import check_files, read_manifest
 from vlm.preprocess import open_image
 
@@ -27,9 +28,13 @@ def verify(root: Path) -> dict[str, Any]:
     manifest = read_manifest(root)
     check_files(root, manifest)
     gate = gate_of(manifest)
-    found = [] if manifest.verified else [f"at export: {line}" for line in manifest.parity.get("failures", ["no gate"])]
+    found = (
+        [] if manifest.verified else [f"at export: {line}" for line in manifest.parity.get("failures") or ["no gate"]]
+    )
     tokenizer = chat_tokenizer(root, manifest)
     expected = load_reference(manifest.path_of(root, "reference"))
+    if not manifest.golden:
+        raise ArtifactError(f"{root} carries no golden sample to replay; export again")
     golden = manifest.golden[0]
     prompt = make_prompt(tokenizer, open_image(root / golden.image), golden.question)
     backend = open_backend(root, manifest)

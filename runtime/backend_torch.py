@@ -15,7 +15,7 @@ from runtime.api import Logits, Message, Prefilled, PreparedImage, Prompt
 from runtime.options import LoadOptions
 from runtime.source import Source, need_package
 from vlm import preprocess
-from vlm.errors import MissingPiece
+from vlm.errors import CheckpointError, MissingPiece
 from vlm.load import Checkpoint, load_model, open_checkpoint
 
 
@@ -105,17 +105,20 @@ def open_torch(root: Path, options: LoadOptions) -> TorchBackend:
 
 def _numbers(checkpoint: Checkpoint) -> dict[str, Any]:
     """Sizes for the profiler, from the configuration and the tensor shapes (no weights are read)."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig
 
     text = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True).get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     decoder = 0
     for path in checkpoint.weights:
-        with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if "language_model" in name and "embed_tokens" not in name and "lm_head" not in name:
-                    decoder += int(np.prod(tensors.get_slice(name).get_shape()))
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    if "language_model" in name and "embed_tokens" not in name and "lm_head" not in name:
+                        decoder += int(np.prod(tensors.get_slice(name).get_shape()))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); copy it again") from None
     head = text.vocab_size * text.hidden_size
     return {
         "vocab_size": text.vocab_size,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime.loading import BACKENDS
 from runtime.options import LoadOptions
-from vlm.console import Parser
+from vlm.console import Parser, natural, seconds
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -83,9 +83,9 @@ def _ask(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
-    command.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    command.add_argument("--seed", type=natural, default=0, help="of sampling (default: %(default)s)")
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    command.add_argument("--deadline", type=float, metavar="S", help="end the answer after so many seconds")
+    command.add_argument("--deadline", type=seconds, metavar="S", help="end the answer after so many seconds")
     _loading(command)
 
 
@@ -103,7 +103,7 @@ def _profile(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--output-tokens", type=int, default=32, help="length of every answer (default: %(default)s)")
     command.add_argument("--image", type=Path, metavar="F", help="noise goes over this photo (default: over digits)")
     command.add_argument("--question", default="Read the top row.", help="(default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the images (default: %(default)s)")
+    command.add_argument("--seed", type=natural, default=0, help="of the images (default: %(default)s)")
     _loading(command)
 
 
@@ -137,7 +137,7 @@ def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("artifact", metavar="ARTEFACT", help="artefact or checkpoint directory")
     command.add_argument("--task", default="digits", help="digits (default)")
     command.add_argument("--samples", type=int, default=200, help="(default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="another set of test images (default: %(default)s)")
+    command.add_argument("--seed", type=natural, default=0, help="another set of test images (default: %(default)s)")
     _loading(command)
 
 

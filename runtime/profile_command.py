@@ -24,6 +24,8 @@ def profile(arguments: argparse.Namespace, options: LoadOptions) -> int:
         seed=arguments.seed,
         load=options,
     )
+    if arguments.out and arguments.out.is_dir():
+        raise UserError(f"--out {arguments.out} is a folder; name a file, e.g. {arguments.out / 'profile.json'}")
     workload = make_workload(arguments.image, arguments.seed)
     result = report(measure(arguments.artifacts, scenario, workload), scenario, workload)
     print(tables(result))

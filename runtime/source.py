@@ -79,7 +79,6 @@ class Source:
         """
         if not messages or messages[-1].role != "user":
             raise UserError("the conversation must end with a user message; add the question")
-        self._refuse_special_tokens(messages)
         try:
             ids = self.tokenizer.prompt_ids([chat_message(message) for message in messages])
         except UserError:
@@ -95,13 +94,6 @@ class Source:
             )
         prepared = tuple(PreparedImage(image.digest, to_pixels(to_pillow(image), self.image)) for image in images)
         return Prompt(tuple(ids), prepared)
-
-    def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
-        """Written-out special tokens would end the user's turn and start another speaker's."""
-        specials = [str(self.tokenizer.tokenizer.id_to_token(i)) for i in sorted(self.tokenizer.special_ids)]
-        for part in (part for message in messages for part in message.content if isinstance(part, str)):
-            if found := [token for token in specials if token in part]:
-                raise UserError(f"the text contains the reserved token {found[0]!r}; remove it")
 
     def image_positions(self, ids: Sequence[int]) -> list[int]:
         """Start of each image's run of visual tokens in `ids`, in order."""

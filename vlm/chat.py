@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlm.errors import CheckpointError, UserError
+from vlm.files import read_json
 
 Message: TypeAlias = dict[str, Any]
 
@@ -64,31 +65,41 @@ class ChatTokenizer:
     """A `tokenizer.json` and a chat template, with image placeholders expanded to the tower's token count."""
 
     def __init__(self, tokenizer_json: Path, spec: ChatSpec, tokens_per_image: int) -> None:
-        from tokenizers import Tokenizer
-
         self.spec = spec
         self.tokens_per_image = tokens_per_image
-        self.tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        self.tokenizer = read_tokenizer(tokenizer_json)
         self.special_ids = frozenset(
             token_id for token_id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
         )
+        specials = {str(self.tokenizer.id_to_token(token_id)) for token_id in self.special_ids} | {spec.image_token}
+        self._special_tokens = tuple(sorted(specials))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """Template text with one image token per image (not yet expanded).
 
         Raises:
-            UserError: a text part holds the reserved image token, which would be taken for an image.
+            UserError: a text holds a special token (it would be taken for an image or end the turn), or the template
+                refuses the conversation.
         """
-        for message in messages:
-            for text in _texts(message):
-                if self.spec.image_token in text:
-                    raise UserError(f"the text contains the reserved token {self.spec.image_token!r}; remove it")
-        return _template(self.spec.template).render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
-            bos_token=self.spec.bos_token,
-            eos_token=self.spec.eos_token,
-        )
+        for text in (text for message in messages for text in _texts(message)):
+            if found := [token for token in self._special_tokens if token in text]:
+                raise UserError(f"the text contains the reserved token {found[0]!r}; remove it")
+        return self._render(messages, add_generation_prompt)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return str(
+                _template(self.spec.template).render(
+                    messages=list(messages),
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=self.spec.bos_token,
+                    eos_token=self.spec.eos_token,
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the chat template refuses this conversation ({error})") from None
 
     def expand(self, rendered: str) -> str:
         """Repeat each image token so that it covers the visual tokens of one image."""
@@ -117,23 +128,17 @@ class ChatTokenizer:
             full = self.render(messages[: turn + 1], add_generation_prompt=False)
             if not prompt.startswith(done) or not full.startswith(prompt):
                 raise UserError("the chat template changes earlier turns; train on one question and answer per sample")
-            texts = [text for m in messages[:turn] if m["role"] == "user" for text in _texts(m)]
-            self._add_prompt(prompt, len(done), texts, ids, spans)
+            self._add_prompt(messages[:turn], prompt, len(self.expand(done)), ids, spans)
             self._add_response(full[len(prompt) :], ids, spans)
             done = full
         return Conversation(tuple(ids), tuple(spans))
 
-    def _add_prompt(self, prompt: str, start: int, texts: list[str], ids: list[int], spans: list[str]) -> None:
-        piece = self.expand(prompt[start:])
-        regions: list[tuple[int, int]] = []
-        cursor = 0
-        for text in texts:
-            stripped = text.strip()
-            at = piece.find(stripped, cursor)
-            if at >= 0 and stripped:  # a text of an earlier turn lies before this piece
-                regions.append((at, at + len(stripped)))
-                cursor = at + len(stripped)
-        encoding = self.tokenizer.encode(piece, add_special_tokens=False)
+    def _add_prompt(
+        self, messages: Sequence[Message], prompt: str, start: int, ids: list[int], spans: list[str]
+    ) -> None:
+        whole = self.expand(prompt)
+        regions = [(left - start, right - start) for left, right in self._user_regions(messages, whole)]
+        encoding = self.tokenizer.encode(whole[start:], add_special_tokens=False)
         for token_id, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
             ids.append(token_id)
             if token_id == self.spec.image_token_id:
@@ -142,6 +147,31 @@ class ChatTokenizer:
                 spans.append("instruction")
             else:
                 spans.append("template")
+
+    def _user_regions(self, messages: Sequence[Message], whole: str) -> list[tuple[int, int]]:
+        """Where the users' own words stand in the rendered prompt `whole`.
+
+        The same messages are rendered once more with a mark in place of each text; between the marks both renderings
+        agree, so the words are found even where they also occur in the template or in another turn.
+        """
+        texts = [text for message in messages if message["role"] == "user" for text in _texts(message)]
+        marked = self.expand(self._render(_with_marks(messages), add_generation_prompt=True))
+        regions: list[tuple[int, int]] = []
+        at = position = 0
+        for number, text in enumerate(texts):
+            mark = _mark(number)
+            found = marked.find(mark, at)
+            position += found - at
+            shown = next((form for form in (text, text.strip()) if whole.startswith(form, position)), None)
+            if found < 0 or shown is None:
+                raise UserError("the chat template rewrites the user's text; the instruction cannot be located")
+            stripped = shown.strip()
+            left = position + shown.find(stripped)
+            if stripped:
+                regions.append((left, left + len(stripped)))
+            position += len(shown)
+            at = found + len(mark)
+        return regions
 
     def _add_response(self, piece: str, ids: list[int], spans: list[str]) -> None:
         ended = False
@@ -159,6 +189,26 @@ def _texts(message: Message) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
+def _mark(number: int) -> str:
+    return f"\x01{number}\x01"
+
+
+def _with_marks(messages: Sequence[Message]) -> list[Message]:
+    marked: list[Message] = []
+    number = 0
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "user":
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            shown = []
+            for part in parts:
+                shown.append({"type": "text", "text": _mark(number)} if part["type"] == "text" else part)
+                number += part["type"] == "text"
+            content = shown[0]["text"] if isinstance(content, str) else shown
+        marked.append({**message, "content": content})
+    return marked
+
+
 @functools.lru_cache(maxsize=8)
 def _template(source: str) -> Any:
     from jinja2.exceptions import TemplateError
@@ -171,7 +221,10 @@ def _template(source: str) -> Any:
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     # training-only markers of the Hugging Face dialect: they print nothing
-    return environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+    try:
+        return environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+    except TemplateError as error:
+        raise CheckpointError(f"the chat template is damaged ({error}); save the processor again") from None
 
 
 def spec_from_checkpoint(directory: Path) -> ChatSpec:
@@ -180,18 +233,16 @@ def spec_from_checkpoint(directory: Path) -> ChatSpec:
     Raises:
         CheckpointError: tokenizer, template or image token is missing.
     """
-    config = json.loads((directory / "config.json").read_text())
-    settings = json.loads(_need(directory / "tokenizer_config.json").read_text())
+    config = read_json(directory / "config.json")
+    settings = read_json(_need(directory / "tokenizer_config.json"))
     template_file = directory / "chat_template.jinja"
     template = template_file.read_text() if template_file.is_file() else settings.get("chat_template")
     if not template:
         raise CheckpointError(f"{directory} has no chat template (chat_template.jinja); save the processor with one")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(_need(directory / "tokenizer.json")))
+    tokenizer = read_tokenizer(_need(directory / "tokenizer.json"))
     image_id = config.get("image_token_id", config.get("image_token_index"))
     image_token = tokenizer.id_to_token(image_id) if image_id is not None else None
-    if image_token is None:
+    if image_id is None or image_token is None:
         raise CheckpointError(f"{directory}/config.json: image_token_id {image_id!r} is not in the tokenizer")
     eos_token = _token_text(settings.get("eos_token"))
     pad_token = _token_text(settings.get("pad_token")) or eos_token
@@ -210,7 +261,7 @@ def spec_from_checkpoint(directory: Path) -> ChatSpec:
 
 def _eos_ids(directory: Path, config: dict[str, Any], tokenizer_eos: int | None) -> tuple[int, ...]:
     generation = directory / "generation_config.json"
-    declared = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    declared = read_json(generation).get("eos_token_id") if generation.is_file() else None
     if declared is None:
         declared = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
     ids = declared if isinstance(declared, list) else [declared]
@@ -218,6 +269,20 @@ def _eos_ids(directory: Path, config: dict[str, Any], tokenizer_eos: int | None)
     if not ordered:
         raise CheckpointError(f"{directory} names no end-of-sequence token; set eos_token_id in generation_config.json")
     return tuple(dict.fromkeys(int(i) for i in ordered))
+
+
+def read_tokenizer(path: Path) -> Any:
+    """Open a tokenizer.json.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise CheckpointError(f"{path} is not a readable tokenizer ({error}); save the processor again") from None
 
 
 def _token_text(value: object) -> str:

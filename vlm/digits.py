@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vlm.errors import MissingPiece
+from vlm.errors import MissingPiece, UserError
 
 Split = Literal["train", "validation", "test"]
 CELL = 32
@@ -62,7 +62,12 @@ def sample(split: Split, index: int, seed: int = 0, augment: bool = False) -> Sa
     Args:
         seed: another stream over the same scans.
         augment: shift, turn, scale and re-ink each scan (used to train the teacher).
+
+    Raises:
+        UserError: a negative seed. MissingPiece: scikit-learn is not installed.
     """
+    if seed < 0:
+        raise UserError(f"seed must be 0 or more, got {seed}")
     images, labels = _scans()
     rng = np.random.default_rng([seed, index, ("train", "test", "validation").index(split)])
     chosen = rng.choice(scan_indices(split), GRID * GRID, replace=True)

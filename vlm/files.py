@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from vlm.errors import UserError
+from vlm.errors import CheckpointError, UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint directory.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; point at a directory saved with save_pretrained") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(f"{path} is not valid JSON; save the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object; save the checkpoint again")
+    return value
 
 
 def sha256_file(path: Path) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm import chat, preprocess
 from vlm.errors import CheckpointError
-from vlm.files import sha256_file
+from vlm.files import read_json, sha256_file
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -49,10 +48,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory} is not a directory; train a student with `python -m distill`")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json; point at a directory saved with save_pretrained")
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except json.JSONDecodeError:
-        raise CheckpointError(f"{directory}/config.json is not valid JSON; save the checkpoint again") from None
+    config = read_json(directory / "config.json")
     if config.get("model_type") != "llava":
         raise CheckpointError(
             f"{directory} is a {config.get('model_type')!r} model; this command takes LLaVA checkpoints"
@@ -62,7 +58,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory} has no weights (*.safetensors); train again or copy the whole directory")
     image = preprocess.spec_from_checkpoint(directory)
     provenance_file = directory / PROVENANCE
-    provenance = json.loads(provenance_file.read_text()) if provenance_file.is_file() else {}
+    provenance = read_json(provenance_file) if provenance_file.is_file() else {}
     tokenizer = chat.tokenizer_from_checkpoint(directory, image.tokens)
     return Checkpoint(directory, config, image, tokenizer, weights, provenance)
 

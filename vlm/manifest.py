@@ -127,6 +127,9 @@ def read_manifest(root: Path) -> Manifest:
         golden = tuple(Golden(g["image"], g["question"], tuple(g["token_ids"])) for g in value.pop("golden"))
     except (TypeError, KeyError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); export again") from None
+    for name in ("tools", "source", "io", "precision", "image", "chat", "model", "parity", "accuracy"):
+        if not isinstance(value.get(name, {}), dict):
+            raise ArtifactError(f"{path}: {name!r} is a {type(value[name]).__name__}, expected an object; export again")
     return Manifest(files=files, golden=golden, **value)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlm.errors import BadImage, CheckpointError
+from vlm.files import read_json
 
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 64 << 20
@@ -70,8 +70,15 @@ def spec_from_checkpoint(directory: Path) -> ImageSpec:
     Raises:
         CheckpointError: a file is missing or asks for preprocessing this project does not reproduce.
     """
-    config = _read_json(directory / "config.json")
-    processor = _processor_config(directory)
+    try:
+        return _spec(directory, read_json(directory / "config.json"), _processor_config(directory))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: image settings are incomplete ({error!r}); save model and processor again"
+        ) from None
+
+
+def _spec(directory: Path, config: dict[str, Any], processor: dict[str, Any]) -> ImageSpec:
     image = processor.get("image_processor", processor)
     size = image.get("size", {})
     resize: Resize
@@ -98,18 +105,8 @@ def spec_from_checkpoint(directory: Path) -> ImageSpec:
 def _processor_config(directory: Path) -> dict[str, Any]:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (directory / name).is_file():
-            return _read_json(directory / name)
+            return read_json(directory / name)
     raise CheckpointError(f"{directory} has no preprocessor_config.json or processor_config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; point at a directory saved with save_pretrained") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON (line {error.lineno}); save the checkpoint again") from None
-    return value
 
 
 def open_image(source: Path | bytes) -> Image.Image:

@@ -48,11 +48,16 @@ def test_gold_logits_do_not_change_with_the_ribbon(pair: Pair, pad_left: bool, l
     candidates = candidates_of(model, batch)
     if layout == "cached":
         with_ribbon = gold_pass(model, batch, keep_cache=True)
-        kept = with_ribbon.hidden_BTD.clone()
         ribbon.run_cached(
             model.model.language_model, candidates, with_ribbon.cache, batch.attention_mask_BT, batch.position_BT
         )
-        gold_BTD = kept
+        gold_BTD = with_ribbon.hidden_BTD
+        length = gold_BTD.shape[1]
+        fresh = gold_pass(model, batch, keep_cache=True).cache
+        for ours, theirs in zip(with_ribbon.cache.layers, fresh.layers, strict=True):
+            assert ours.keys.shape[2] == length + candidates.ids_BC.shape[1], "candidates come after the gold tokens"
+            assert torch.equal(ours.keys[:, :, :length], theirs.keys)
+            assert torch.equal(ours.values[:, :, :length], theirs.values)
     else:
         gold_BTD, _ = ribbon.run_single_pass(
             model.model.language_model, plain.embeds_BTD, candidates, batch.attention_mask_BT, batch.position_BT, layout

@@ -31,6 +31,15 @@ def test_flags_can_be_turned_off() -> None:
     assert parse_train(["--resume", "false"])[0].resume is False
 
 
+def test_resume_refuses_options_it_would_ignore() -> None:
+    with pytest.raises(UserError, match="drop --steps"):
+        parse_train(["--resume", "--out", "runs/x", "--steps", "9"])
+
+
+def test_resume_is_a_flag_in_the_middle_too() -> None:
+    assert parse_train(["--json", "--resume", "--out", "runs/x"]) == parse_train(["--out=runs/x", "--resume", "--json"])
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("preset: digits\nsteps: 7\nlr: 0.5\nalign:\n  candidates: 2\nweights:\n  iva: 0.5\n")
@@ -56,6 +65,18 @@ def test_the_preset_of_the_command_line_is_found_in_both_spellings() -> None:
         (["--align.temperature", "0"], "temperature"),
         (["--align.direction", "sideways"], "sideways"),
         (["--objective", "magic"], "magic"),
+        (["--max_grad_norm", "-1"], "max_grad_norm"),
+        (["--lr", "nan"], "lr"),
+        (["--warmup", "5"], "warmup"),
+        (["--weight_decay", "-1"], "weight_decay"),
+        (["--eval_every", "-1"], "eval_every"),
+        (["--seed", "-1"], "seed"),
+        (["--threads", "-1"], "threads"),
+        (["--align.iva_layer", "-5"], "iva_layer"),
+        (["--align.irs_pairs", "0"], "irs_pairs"),
+        (["--objective", "sft", "--weights.sft", "0"], "nothing would be trained"),
+        (["--images", "folder"], "--data"),
+        (["--config", "."], "config"),
     ],
 )
 def test_bad_values_are_named_in_one_line(words: list[str], seen: str) -> None:
@@ -63,6 +84,18 @@ def test_bad_values_are_named_in_one_line(words: list[str], seen: str) -> None:
         parse_train(["--preset", "digits", *words])
     assert seen in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_the_teacher_takes_only_what_it_uses() -> None:
+    from distill.__main__ import parse_teacher
+
+    assert parse_teacher(["--preset", "digits", "--seed", "3"])[0].seed == 3
+    with pytest.raises(UserError, match="lr"):
+        parse_teacher(["--lr", "0.5"])
+
+
+def test_preset_none_is_the_same_as_no_preset() -> None:
+    assert parse_train(["--preset", "none"])[0] == parse_train(["--steps", "1000"])[0]
 
 
 def test_no_option_is_ignored_by_the_objective() -> None:

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from distill.config import TrainConfig
 from distill.data import Collator, DigitsExamples, LlavaJson
 from distill.evaluate import greedy_matches
+from distill.report import read_metrics
 from distill.train import config_from_json, config_to_json, train
 from distill.trainer import DistillTrainer, drop_after, last_checkpoint
 from tests.tiny import make_student
 from vlm import chat, digits
-from vlm.errors import CheckpointError, DataError, UserError
+from vlm.errors import CheckpointError, DataError, GateFailed, UserError
 from vlm.load import load_model, newest_run, open_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -152,9 +153,68 @@ def test_a_killed_run_resumes_to_the_same_bits(models: Path, tmp_path: Path, mom
     one, other = final_weights(reference.out), final_weights(killed.out)
     for name, value in one.items():
         assert torch.equal(other[name], value), name
-    steps = [json.loads(line)["step"] for line in (killed.out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
-    assert steps.count(2) == 1
+    ours, theirs = [read_metrics(run.out / "metrics.jsonl") for run in (reference, killed)]
+    for one_line, other_line in zip(ours, theirs, strict=True):
+        for name in ("step", "loss", "sft", "kd", "iva", "tpa", "eval_sft", "eval_exact_match", "learning_rate"):
+            assert one_line.get(name) == other_line.get(name), (name, one_line["step"])
+
+
+def test_resuming_a_finished_run_changes_nothing(models: Path, tmp_path: Path) -> None:
+    config = tiny(models, tmp_path / "run", steps=2, eval_every=0)
+    first = train(config)
+    before = (config.out / "student" / "model.safetensors").read_bytes()
+    again = train(dataclasses.replace(config, resume=True))
+    assert again == first
+    assert (config.out / "student" / "model.safetensors").read_bytes() == before
+
+
+def test_a_diverged_run_fails_and_leaves_no_student(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateFailed, match="lower --lr"):
+        train(tiny(models, tmp_path / "run", lr=1e30, objective="sft", eval_every=0))
+    assert not (tmp_path / "run" / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 500}, "do not fill one batch"),
+        ({"out": Path("FILE/run")}, "choose another --out"),
+        ({"teacher": "runs/typo"}, "not a directory"),
+        ({"teacher": "no body/here"}, "neither a directory nor"),
+    ],
+)
+def test_refused_input_leaves_no_run_folder(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "FILE").write_text("x")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(tiny(models, tmp_path / "run"), **changes))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "runs"]
+
+
+def test_a_layer_the_teacher_lacks_is_refused_before_anything_is_written(models: Path, tmp_path: Path) -> None:
+    from distill.config import Align
+
+    with pytest.raises(UserError, match="layers 0 to 1"):
+        train(tiny(models, tmp_path / "run", align=Align(iva_layer=99)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_question_before_its_image_is_put_after_it(models: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(models / "student")
+    digits.sample("train", 0).image.save(tmp_path / "0.png")
+    forms = ["<image>\nRead the top row.", "Read the top row.\n<image>"]
+    records = [
+        {"image": "0.png", "conversations": [{"from": "human", "value": v}, {"from": "gpt", "value": "1 2"}]}
+        for v in forms
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    examples = LlavaJson(tmp_path / "d.json", None, checkpoint.tokenizer, checkpoint.image)
+    assert examples[0].ids == examples[1].ids
+    assert examples.tokens(0) == len(examples[0].ids)
 
 
 def test_ctrl_c_writes_a_checkpoint_and_resumes(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +353,8 @@ def test_llava_json_equals_the_digits_stream(models: Path, tmp_path: Path) -> No
     ("record", "field"),
     [
         ("x", "conversations"),
+        ({"image": 5, "conversations": []}, "image"),
+        ({"image": [1], "conversations": []}, "image"),
         ({"conversations": 3}, "conversations"),
         ({"conversations": []}, "conversations"),
         ({"image": "missing.png", "conversations": []}, "image"),

@@ -22,7 +22,6 @@ TEXTS = [
     "  two  spaces ",
     "äöü 漢字 🙂 e\u0301",
     "line\nbreak\t tab",
-    "<|im_end|>",
     "{{ 1 + 1 }}",
     "a" * 300,
 ]
@@ -78,9 +77,64 @@ def test_a_repeated_question_is_an_instruction_each_time(checkpoint: Checkpoint)
     assert words(conversation, tokenizer, "instruction") == "samesame"
 
 
-def test_reserved_image_token_in_text_is_refused(checkpoint: Checkpoint) -> None:
-    with pytest.raises(UserError, match="<image>"):
-        checkpoint.tokenizer.prompt_ids([chat.user_message("look at <image> please")])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["Why?", "Why? Explain the top row."],
+        ["row", "Read the top row and the left column."],
+        ["use", "assistant"],
+        ["user", "user"],
+        ["  padded  ", "end"],
+    ],
+)
+def test_instructions_that_occur_elsewhere_are_still_found_whole(checkpoint: Checkpoint, texts: list[str]) -> None:
+    tokenizer = checkpoint.tokenizer
+    messages: list[chat.Message] = []
+    for turn, text in enumerate(texts):
+        messages += [chat.user_message(text, images=1 - turn), {"role": "assistant", "content": "1"}]
+    conversation = tokenizer.conversation(messages)
+    found = words(conversation, tokenizer, "instruction")
+    assert "".join(found.split()) == "".join("".join(texts).split())
+    # every marked token lies in a user's turn: after its header, before its end
+    shown = [tokenizer.tokenizer.decode([i], skip_special_tokens=False) for i in conversation.ids]
+    header = [i for i, token in enumerate(shown) if token == "<|im_start|>"]
+    assert all(conversation.spans[at + 1] == "template" for at in header)
+
+
+@pytest.mark.parametrize("token", ["<image>", "<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+def test_written_out_special_tokens_are_refused(checkpoint: Checkpoint, token: str) -> None:
+    tokenizer = checkpoint.tokenizer
+    with pytest.raises(UserError, match="reserved token"):
+        tokenizer.prompt_ids([chat.user_message(f"look at {token} please")])
+    with pytest.raises(UserError, match="reserved token"):
+        tokenizer.conversation([chat.user_message("q"), {"role": "assistant", "content": f"a{token}b"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{"),
+        ("config.json", '{"model_type": "llava"}'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "nonsense"),
+        ("generation_config.json", "["),
+        ("processor_config.json", '{"image_processor": {"size": {"height": 32, "width": 32}}}'),
+        ("vlm.json", "{"),
+        ("chat_template.jinja", "{% if %}"),
+    ],
+)
+def test_damaged_files_of_a_checkpoint_are_named(
+    checkpoint: Checkpoint, tmp_path: Path, name: str, content: str
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint.directory, copy)
+    (copy / name).write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(copy).tokenizer.prompt_ids([chat.user_message("q")])
+    assert len(caught.value.message.splitlines()) == 1 or name in ("tokenizer.json", "chat_template.jinja")
 
 
 def test_a_checkpoint_without_template_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
