@@ -34,17 +34,7 @@ def _lay_out(engines: Engines, shown: tuple[examples.Example, ...], first: str) 
     session = gr.State(None, time_to_live=86400, delete_callback=_forget)
     plain: dict[str, Any] = {"apply_default_css": False, "elem_classes": "page-html"}
     gr.HTML(page.HEADER, **plain)
-    with gr.Row(elem_id="model-row"):
-        with gr.Column(scale=5, min_width=300):
-            model = gr.Dropdown(
-                [(entry.label, key) for key, entry in engines.entries.items()],
-                value=first,
-                label="Model",
-                filterable=False,
-                elem_id="model",
-            )
-        with gr.Column(scale=7, min_width=300):
-            card = gr.HTML(page.model_card(engines.entries[first], engines.info(first)), elem_id="card", **plain)
+    model, card = _model_row(engines, first, plain)
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             picture = gr.Image(
@@ -111,6 +101,23 @@ def _lay_out(engines: Engines, shown: tuple[examples.Example, ...], first: str) 
         length,
         temperature,
     )
+
+
+def _model_row(engines: Engines, first: str, plain: dict[str, Any]) -> tuple[Any, Any]:
+    import gradio as gr
+
+    with gr.Row(elem_id="model-row"):
+        with gr.Column(scale=5, min_width=300):
+            model = gr.Dropdown(
+                [(entry.label, key) for key, entry in engines.entries.items()],
+                value=first,
+                label="Model",
+                filterable=False,
+                elem_id="model",
+            )
+        with gr.Column(scale=7, min_width=300):
+            card = gr.HTML(page.model_card(engines.entries[first], engines.info(first)), elem_id="card", **plain)
+    return model, card
 
 
 def _connect(blocks: Any, w: Widgets, on: Handlers) -> None:

@@ -116,7 +116,7 @@ def test_a_failed_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return subprocess.CompletedProcess(command, 2, "", "noise\nerror: no such teacher\n")
 
     monkeypatch.setattr(compare.subprocess, "run", fail)
-    with pytest.raises(ToolError, match=r"sweep-sft-lr0\.0005 failed .*no such teacher"):
+    with pytest.raises(ToolError, match=r"sweep-sft-100steps-lr0\.0005 failed .*no such teacher"):
         compare.main([*arguments(tmp_path / "c"), "--objectives", "sft"])
 
 
