@@ -47,7 +47,16 @@ def main(argv: Sequence[str]) -> int:
         from distill.compare import main as compare
 
         return compare(rest)
-    return _train(rest or ["--preset", "digits"], teacher=command == "teacher")
+    return _train(_with_default_preset(argv, rest), teacher=command == "teacher")
+
+
+def _with_default_preset(argv: Sequence[str], rest: list[str]) -> list[str]:
+    """Without a command word, `python -m distill [options]` is the digits preset unless the options say otherwise."""
+    chosen = ("--preset", "--config", "--student", "--data", "--resume")
+    named = bool(argv) and not argv[0].startswith("-")
+    if named or any(word.split("=", 1)[0] in chosen for word in rest):
+        return rest
+    return ["--preset", "digits", *rest]
 
 
 def _train(argv: list[str], teacher: bool) -> int:

@@ -86,6 +86,16 @@ def test_bad_values_are_named_in_one_line(words: list[str], seen: str) -> None:
     assert "\n" not in caught.value.message
 
 
+def test_without_a_command_the_preset_is_digits() -> None:
+    from distill.__main__ import _with_default_preset
+
+    assert _with_default_preset([], []) == ["--preset", "digits"]
+    assert _with_default_preset(["--json"], ["--json"]) == ["--preset", "digits", "--json"]
+    assert _with_default_preset(["train", "--json"], ["--json"]) == ["--json"]
+    for words in (["--config=r.yaml"], ["--resume", "--out", "x"], ["--student", "s"]):
+        assert _with_default_preset(words, words) == words
+
+
 def test_the_teacher_takes_only_what_it_uses() -> None:
     from distill.__main__ import parse_teacher
 
