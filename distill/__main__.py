@@ -91,7 +91,8 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, bool]:
 
     parser = jsonargparse.ArgumentParser(
         prog="python -m distill train",
-        description="Train a student. Example: python -m distill train --preset digits --objective align-ti",
+        description="Train a student. Options with {true,false} may stand alone for true. "
+        "Example: python -m distill train --preset digits --objective align-ti",
         exit_on_error=False,
         formatter_class=jsonargparse.DefaultHelpFormatter,
     )

@@ -59,7 +59,8 @@ class DistillTrainer(Trainer):
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(Reporter(config.out, config.steps))
+        self._reporter = Reporter(config.out, config.steps)
+        self.add_callback(self._reporter)
         self.add_callback(TensorBoardCallback(SummaryWriter(str(config.out / "tensorboard"), max_queue=1000)))
         self.objective, self.evaluate_now = objective, evaluate_now
         self.loss_is_scaled_for_ga = True
@@ -67,6 +68,12 @@ class DistillTrainer(Trainer):
         self._term_steps = 0
         self.started, self.seconds_before = time.monotonic(), 0.0
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._reporter.release()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -222,10 +229,15 @@ class Reporter(TrainerCallback):
             self._detail = "  ".join(f"{name} {float(logs[name]):.3f}" for name in shown if name in logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        self.release()
         if self.interrupted:
             raise KeyboardInterrupt
+
+    def release(self) -> None:
+        """Give Ctrl-C back to whoever had it before training, however training ended."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
 
 def drop_after(path: Path, step: int) -> None:
