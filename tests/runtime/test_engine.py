@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-import numpy as np
 import pytest
 from PIL import Image as Pillow
 
@@ -389,18 +388,3 @@ def test_a_listener_may_close_the_engine() -> None:
     assert backend.closed
     assert isinstance(seen[-1], Done)
     assert seen[-1].finish == "cancelled"
-
-
-def test_seeded_sampling_repeats_itself() -> None:
-    class Flat(FakeBackend):
-        def _logits(self) -> np.ndarray:
-            return np.linspace(0, 1, 257, dtype=np.float32)
-
-    with Engine(Flat(FakeScript())) as engine:
-        texts = {
-            last(run(engine, sampling=Sampling(temperature=1.0, seed=7, max_new_tokens=20, ignore_eos=True))).text
-            for _ in range(3)
-        }
-        other = last(run(engine, sampling=Sampling(temperature=1.0, seed=8, max_new_tokens=20, ignore_eos=True))).text
-    assert len(texts) == 1
-    assert other not in texts

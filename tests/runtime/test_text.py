@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.api import Sampling
+from runtime.backend_fake import FakeBackend, FakeScript
+from runtime.engine import Engine
 from runtime.sampling import Sampler
 from runtime.text import Detokenizer, StopStrings
+from tests.runtime.test_engine import last, run
 from vlm.errors import UserError
 
 
@@ -103,3 +106,18 @@ def test_sampling_follows_the_distribution() -> None:
 def test_values_out_of_range_are_refused_by_name(options: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         Sampling(**options)  # type: ignore[arg-type]
+
+
+def test_seeded_sampling_repeats_itself() -> None:
+    class Flat(FakeBackend):
+        def _logits(self) -> np.ndarray:
+            return np.linspace(0, 1, 257, dtype=np.float32)
+
+    with Engine(Flat(FakeScript())) as engine:
+        texts = {
+            last(run(engine, sampling=Sampling(temperature=1.0, seed=7, max_new_tokens=20, ignore_eos=True))).text
+            for _ in range(3)
+        }
+        other = last(run(engine, sampling=Sampling(temperature=1.0, seed=8, max_new_tokens=20, ignore_eos=True))).text
+    assert len(texts) == 1
+    assert other not in texts
