@@ -60,8 +60,13 @@ class Cell:
         return statistics.fmean(self.scores)
 
     @property
-    def std(self) -> float:
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+    def std(self) -> float | None:
+        """Sample standard deviation; one seed has none."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    def shown(self) -> str:
+        spread = "" if self.std is None else f" ± {self.std:.3f}"
+        return f"{self.mean:.3f}{spread} ({self.steps} steps)"
 
 
 def parse(argv: Sequence[str]) -> Plan:
@@ -241,7 +246,7 @@ def _print(plan: Plan, cells: list[Cell], seconds: dict[str, float], elapsed: fl
                 name,
                 f"{at['steps'].lr:g}",
                 f"{seconds[name] / seconds[slowest]:.2f}",
-                *[f"{at[b].mean:.3f} ± {at[b].std:.3f} ({at[b].steps} steps)" for b in ("steps", "time")],
+                *[at[b].shown() for b in ("steps", "time")],
             ]
         )
     header = ["objective", "lr", f"step time / {slowest}", "exact match, equal steps", "exact match, equal time"]

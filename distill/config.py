@@ -106,7 +106,7 @@ class TrainConfig:
         bf16: train in bfloat16 autocast; weights and optimiser stay float32.
         save_dtype: type the student's weights are stored in; accuracy is measured after rounding to it.
         eval_every: steps between evaluations; 0 only at the end.
-        eval_samples: held-out samples for task accuracy.
+        eval_samples: held-out samples of the preset for task accuracy.
         save_every: steps between checkpoints.
         log_every: steps between log lines.
         samples: how many distinct training samples the preset's stream holds.
@@ -165,6 +165,8 @@ class TrainConfig:
             raise UserError(f"every term of objective {self.objective!r} has weight 0; nothing would be trained")
         if self.images is not None and self.data is None:
             raise UserError(f"images {str(self.images)!r} without data; add --data F")
+        if self.eval_every and self.data is not None and self.preset == "none":
+            raise UserError(f"eval_every {self.eval_every}: --data brings no held-out questions yet; drop eval_every")
         if self.augment and self.data is not None:
             raise UserError("augment applies to the preset's scans only; drop it or --data")
 

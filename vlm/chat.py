@@ -7,7 +7,6 @@ A message is `{"role": "user" | "assistant" | "system", "content": str | [part, 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -32,10 +31,6 @@ class ChatSpec:
     pad_token_id: int
     bos_token: str = ""
     eos_token: str = ""
-
-    @property
-    def template_sha256(self) -> str:
-        return hashlib.sha256(self.template.encode()).hexdigest()
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> ChatSpec:

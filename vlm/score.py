@@ -27,12 +27,3 @@ def bootstrap_interval(
     means = values[rng.integers(0, values.size, (rounds, values.size))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def paired_difference_interval(
-    before: Sequence[float], after: Sequence[float], level: float = 0.95, rounds: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Bootstrap interval of mean(after - before) over the same samples."""
-    if len(before) != len(after):
-        raise ValueError(f"{len(before)} scores before, {len(after)} after")
-    return bootstrap_interval([b - a for a, b in zip(before, after, strict=True)], level, rounds, seed)

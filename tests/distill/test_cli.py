@@ -76,6 +76,7 @@ def test_the_preset_of_the_command_line_is_found_in_both_spellings() -> None:
         (["--align.irs_pairs", "0"], "irs_pairs"),
         (["--objective", "sft", "--weights.sft", "0"], "nothing would be trained"),
         (["--images", "folder"], "--data"),
+        (["--preset", "none", "--data", "d.json", "--eval_every", "5"], "eval_every"),
         (["--config", "."], "config"),
     ],
 )
