@@ -5,6 +5,7 @@ Shape legend: B = batch, T = tokens, D = hidden, N = response positions of the b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +114,14 @@ class Objective:
         self.terms, self.weights, self.align = terms, weights, align
         self.teacher, self.vocabulary, self.iva_layer = teacher, vocabulary, iva_layer
 
-    def __call__(self, student: nn.Module, batch: Batch, normaliser: Normaliser) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted loss and the unweighted value of each term."""
+    def __call__(
+        self, student: nn.Module, batch: Batch, normaliser: Normaliser, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss and the unweighted value of each term.
+
+        Args:
+            seeds: one a sample, from which its candidates are drawn; None uses torch's global stream.
+        """
         cached = self.align.layout == "cached"
         gold = gold_pass(student, batch, keep_cache=cached and "tpa" in self.terms)
         # the token at t is predicted by the hidden state at t - 1
@@ -126,7 +133,9 @@ class Objective:
         if "sft" in self.terms:
             values["sft"] = losses.sft_loss(student_NV, target_N, normaliser.response_tokens)
         if self.teacher is not None and set(self.terms) & {"kd", "iva", "tpa"}:
-            values |= self._teacher_terms(student, batch, gold, normaliser, student_NV, sample_N, place_N, target_N)
+            values |= self._teacher_terms(
+                student, batch, gold, normaliser, student_NV, sample_N, place_N, target_N, seeds
+            )
         total = sum(
             (getattr(self.weights, name) * value for name, value in values.items()),
             start=losses.zero_like(gold.hidden_BTD),
@@ -143,6 +152,7 @@ class Objective:
         sample_N: Tensor,
         place_N: Tensor,
         target_N: Tensor,
+        seeds: Sequence[int] | None,
     ) -> dict[str, Tensor]:
         assert self.teacher is not None
         cached = self.align.layout == "cached" and "tpa" in self.terms
@@ -164,18 +174,19 @@ class Objective:
         if weight_BT is not None:
             values["iva"] = self._iva(student, batch, gold, teacher_gold, weight_BT, normaliser)
         if "tpa" in self.terms:
-            ids_NK = self._propose(student, student_NV)
+            ids_NK = self._propose(student, student_NV, sample_N, seeds)
             candidates = ribbon.arrange(
                 ids_NK, sample_N, place_N, target_N, len(batch.input_ids_BT), self.align.drop_gold
             )
             values["tpa"] = self._tpa(student, batch, gold, teacher_gold, candidates, normaliser)
         return values
 
-    def _propose(self, student: nn.Module, student_NV: Tensor) -> Tensor:
+    def _propose(self, student: nn.Module, student_NV: Tensor, sample_N: Tensor, seeds: Sequence[int] | None) -> Tensor:
         scores_NV = self._shared(student_NV).detach().clone()
         # the image placeholder stands for pixels, as a candidate it would mean nothing
         scores_NV[:, student.config.image_token_id] = -torch.inf
-        return ribbon.propose(scores_NV, self.align.candidates, self.align.sampling)
+        noise_NV = None if seeds is None else ribbon.seeded_noise(seeds, sample_N, scores_NV.shape[1])
+        return ribbon.propose(scores_NV, self.align.candidates, self.align.sampling, noise_NV)
 
     def _visual_weights(self, tap: attention.AttentionTap, batch: Batch) -> Tensor:
         a_BT = attention.instruction_to_vision(

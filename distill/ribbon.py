@@ -15,6 +15,7 @@ Shape legend: B = batch, T = gold tokens, C = candidate slots, D = hidden, V = v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,17 +40,36 @@ class Candidates:
     keep_BC: Tensor
 
 
-def propose(student_NV: Tensor, count: int, sampling: Sampling) -> Tensor:
+def propose(student_NV: Tensor, count: int, sampling: Sampling, noise_NV: Tensor | None = None) -> Tensor:
     """Draw `count` distinct candidates a row from p_S: multinomial without replacement (T = 1), or the top ones.
+
+    Args:
+        noise_NV: Exponential(1) draws to use (see `seeded_noise`); None takes them from torch's global stream.
 
     Returns:
         ids_NK.
     """
     scores = student_NV.detach().float()
     if sampling == "multinomial":
+        noise_NV = torch.empty_like(scores).exponential_() if noise_NV is None else noise_NV
         # adding Gumbel noise to the logits and taking the largest draws without replacement, exactly
-        scores = scores - torch.empty_like(scores).exponential_().clamp_(min=torch.finfo(scores.dtype).tiny).log()
+        scores = scores - noise_NV.clamp(min=torch.finfo(scores.dtype).tiny).log()
     return scores.topk(count, dim=-1).indices
+
+
+def seeded_noise(seeds: Sequence[int], sample_N: Tensor, width: int) -> Tensor:
+    """Exponential(1) noise_NV that depends on each sample's own seed, not on the micro-batch or process that holds it.
+
+    Args:
+        seeds: one a sample of the batch.
+        sample_N: which sample each row belongs to, in ascending order.
+    """
+    noise_NV = torch.empty(len(sample_N), width, device=sample_N.device)
+    generator = torch.Generator(sample_N.device)
+    rows = torch.bincount(sample_N, minlength=len(seeds)).tolist()
+    for seed, part in zip(seeds, noise_NV.split(rows), strict=True):
+        part.exponential_(generator=generator.manual_seed(seed))
+    return noise_NV
 
 
 def arrange(
