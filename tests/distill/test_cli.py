@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.__main__ import parse_train
+from distill.cli import parse_train
 from distill.presets import DIGITS_TRAIN
 from vlm.errors import UserError
 
@@ -114,3 +114,53 @@ def test_no_option_is_ignored_by_the_objective() -> None:
     assert config.terms == ("sft", "iva")
     assert config.needs_teacher
     assert not parse_train(["--preset", "digits", "--objective", "sft"])[0].needs_teacher
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--learning_rate", "--lr"),
+        ("--learning-rate", "--lr"),
+        ("--stepz", "--steps"),
+        ("--align.candidats", "--align.candidates"),
+        ("--candidates", "--align.candidates"),
+        ("--gradient_accumulation_steps", "--accumulate"),
+        ("--batchsize", "--batch_size"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(word: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
+        parse_train([word, "3"])
+    with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
+        parse_train([f"{word}=3"])
+
+
+def test_hyphens_are_underscores() -> None:
+    assert parse_train(["--batch-size", "3", "--align.iva-layer=2"]) == parse_train(
+        ["--batch_size", "3", "--align.iva_layer=2"]
+    )
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"did you mean digits-stages\?"):
+        parse_train(["--recipe", "digit-stages"])
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_help_lists_every_option_once_with_its_meaning(command: str) -> None:
+    from distill.cli import option_names
+    from distill.cli_help import grouped, page
+
+    listed = [action.dest for _, actions in grouped(command) for action in actions]
+    assert sorted(listed) == sorted({"json", *option_names()} - {"align", "weights"})
+    assert all(action.help for _, actions in grouped(command) for action in actions)
+    assert "examples:" in page(command)
+    assert max(map(len, page(command).splitlines())) <= 120
+
+
+def test_every_command_is_listed_with_its_meaning() -> None:
+    from distill.__main__ import COMMANDS, usage
+
+    for name, (_, meaning) in COMMANDS.items():
+        assert f"  {name}" in usage()
+        assert meaning in usage()

@@ -1,0 +1,147 @@
+"""Several training runs in a row: the student of one stage starts the next, one folder holds them all.
+
+OUT/stages.json          what was asked for, written before anything else
+OUT/stage-1-NAME/ ...    one ordinary run each, resumable by itself
+OUT/student              the last stage's student
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.cli import Request, Stage
+from vlm.console import note
+from vlm.errors import UserError
+from vlm.files import atomic_dir, read_json, write_atomic
+from vlm.load import PROVENANCE
+
+if TYPE_CHECKING:
+    from distill.train import TrainResult
+
+PLAN = "stages.json"
+# how the first stage's student is put together; later stages start from the student before them
+START_FIELDS = ("vision_tower", "llm")
+
+
+def placed(stages: Sequence[Stage], out: Path) -> tuple[Stage, ...]:
+    """The stages with their folders under `out`, each starting from the student of the one before."""
+    found: list[Stage] = []
+    for number, stage in enumerate(stages, 1):
+        changes: dict[str, Any] = {"out": out / f"stage-{number}-{stage.name}", "resume": False}
+        if found:
+            changes["student"] = str(found[-1].config.out / "student")
+            changes |= {name: None for name in START_FIELDS if hasattr(stage.config, name)}
+        found.append(Stage(stage.name, dataclasses.replace(stage.config, **changes)))
+    return tuple(found)
+
+
+def start(request: Request, out: Path) -> TrainResult:
+    """Train the stages of a request from the beginning.
+
+    Raises:
+        UserError: `out` holds a run already, or a stage is wrong; finished stages stay.
+        KeyboardInterrupt: stopped by Ctrl-C after writing a checkpoint.
+    """
+    from distill.train import CONFIG, config_to_json
+
+    if (out / PLAN).exists() or (out / CONFIG).exists():
+        raise UserError(f"{out} already holds a run; add --resume to go on or choose another --out")
+    stages = placed(request.stages, out)
+    _refuse_missing_files(stages)
+    plan = {
+        "schema": "distill-stages/1",
+        "recipe": request.recipe,
+        "stages": [{"name": stage.name, "config": config_to_json(stage.config)} for stage in stages],
+    }
+    try:
+        write_atomic(out / PLAN, json.dumps(plan, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {out} ({error.strerror}); choose another --out") from None
+    try:
+        return run(stages, out)
+    except UserError:
+        if not any(stage.config.out.exists() for stage in stages):  # nothing was trained: leave nothing behind
+            (out / PLAN).unlink(missing_ok=True)
+            _remove_empty(out)
+        raise
+
+
+def read_plan(out: Path) -> tuple[Stage, ...]:
+    """The stages a folder was started with, wherever the folder is now.
+
+    Raises:
+        CheckpointError: the plan is damaged.
+    """
+    from distill.train import config_from_json
+
+    stored = read_json(out / PLAN)["stages"]
+    return placed([Stage(entry["name"], config_from_json(entry["config"])) for entry in stored], out)
+
+
+def run(stages: Sequence[Stage], out: Path) -> TrainResult:
+    """Train every stage that is not finished, going on inside the one that was cut short."""
+    from distill.train import CONFIG, train
+
+    results = []
+    for number, stage in enumerate(stages, 1):
+        started = (stage.config.out / CONFIG).is_file()
+        note(f"stage {number} of {len(stages)}, {stage.name}: {stage.config.objective}, {stage.config.steps} steps")
+        results.append(train(dataclasses.replace(stage.config, resume=started)))
+        _wait_for_all()
+    student = out / "student"
+    if is_main_process() and not (student / PROVENANCE).is_file():
+        with atomic_dir(student) as work:
+            _link_tree(results[-1].student, work)
+    return dataclasses.replace(results[-1], student=student, seconds=round(sum(r.seconds for r in results), 1))
+
+
+def _refuse_missing_files(stages: Sequence[Stage]) -> None:
+    """A mistyped path of the last stage should not come to light after the first has cost days."""
+    for stage in stages:
+        for name in ("data", "images"):
+            value = getattr(stage.config, name)
+            if isinstance(value, Path) and not value.exists() and _is_local(value):
+                raise UserError(f"stage {stage.name}: no {name} at {value}; check --{name}")
+
+
+def _is_local(path: Path) -> bool:
+    """Whether it cannot be anything but a path: it has a suffix, is absolute, or starts with a dot."""
+    return path.is_absolute() or bool(path.suffix) or str(path).startswith(".")
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _wait_for_all() -> None:
+    """The next stage reads what process 0 has just written."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """The same files under a second name where the file system can, copies elsewhere."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            os.link(path, place)
+        except OSError:
+            shutil.copy2(path, place)
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return
