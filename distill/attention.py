@@ -108,3 +108,17 @@ def visual_weights(attention_BT: Tensor, image_BT: Tensor) -> Tensor:
     total_B1 = attention_BT.sum(dim=1, keepdim=True)
     uniform_BT = image_BT / image_BT.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.where(total_B1 > 0, attention_BT / total_B1.clamp(min=torch.finfo(torch.float32).tiny), uniform_BT)
+
+
+def draw_visual(weight_BT: Tensor, rows: int, uniform_B: Tensor) -> Tensor:
+    """Weights of `rows` systematic draws a sample from w: mostly zero, equal to w in expectation.
+
+    Evenly spaced points on the cumulative weights give every token j either floor or ceil of rows * w_j draws, hence
+    little variance, and at most `rows` tokens to compute a divergence at.
+    """
+    cumulative_BT = weight_BT.double().cumsum(dim=1)
+    total_B1 = cumulative_BT[:, -1:]
+    points_BR = (torch.arange(rows, device=weight_BT.device) + uniform_B.double()[:, None]) / rows * total_B1
+    drawn_BR = torch.searchsorted(cumulative_BT, points_BR, right=True).minimum(cumulative_BT.argmax(1, keepdim=True))
+    each_BR = (total_B1 / rows).to(weight_BT.dtype).expand(-1, rows)
+    return torch.zeros_like(weight_BT).scatter_add_(1, drawn_BR, each_BR)

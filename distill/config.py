@@ -14,7 +14,7 @@ from vlm.errors import UserError
 
 Direction = Literal["forward", "reverse"]
 Layout = Literal["cached", "appended", "interleaved"]
-Sampling = Literal["multinomial", "top-k"]
+Sampling = Literal["multinomial", "distinct", "top-k"]
 
 TERMS = ("sft", "kd", "iva", "tpa")
 OBJECTIVES = {
@@ -54,9 +54,12 @@ class Align:
         temperature: of both distributions in every KL.
         direction: forward is KL(teacher || student).
         candidates: K, candidate tokens per response position (4 in the published Qwen2 and Llama files).
-        sampling: how candidates are drawn from the student.
+        sampling: how candidates are drawn from the student: independently (repeats merged), distinct ones, or the likeliest.
         drop_gold: skip candidates equal to the gold token; L_kd covers them already.
         layout: how candidates run; `cached` is cheapest, the others need no key/value cache.
+        tpa_share: share of the response positions that get candidates, drawn anew each step; the loss stays unbiased.
+        tpa_entropy: positions where the student's entropy (nats) is below this get no candidates.
+        iva_rows: visual positions a sample that L_iva is computed at, drawn by their weight (unbiased); 0 takes all.
         iva_layer: teacher layer whose attention weights the visual tokens; -1 chooses it by IRS before training.
         irs_pairs: image-instruction pairs used to choose that layer.
     """
@@ -67,6 +70,9 @@ class Align:
     sampling: Sampling = "multinomial"
     drop_gold: bool = True
     layout: Layout = "cached"
+    tpa_share: float = 1.0
+    tpa_entropy: float = 0.0
+    iva_rows: int = 0
     iva_layer: int = -1
     irs_pairs: int = 200
 
@@ -75,10 +81,40 @@ class Align:
             raise UserError(f"align.temperature must be above 0, got {self.temperature}")
         if self.candidates < 1:
             raise UserError(f"align.candidates must be at least 1, got {self.candidates}")
+        if not 0 < self.tpa_share <= 1:
+            raise UserError(f"align.tpa_share is a share above 0 and up to 1, got {self.tpa_share}")
+        if not 0 <= self.tpa_entropy < math.inf:
+            raise UserError(f"align.tpa_entropy must be 0 nats or more, got {self.tpa_entropy}")
+        if self.iva_rows < 0:
+            raise UserError(f"align.iva_rows must be 0 (all) or more, got {self.iva_rows}")
         if self.iva_layer < -1:
             raise UserError(f"align.iva_layer must be -1 (chosen by IRS) or a layer number, got {self.iva_layer}")
         if self.irs_pairs < 1:
             raise UserError(f"align.irs_pairs must be at least 1, got {self.irs_pairs}")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate by part of the model; 0 means the part's default.
+
+    Attributes:
+        vision: vision tower; default lr.
+        projector: default projector_lr, else lr.
+        llm: decoder; default lr.
+        embeddings: token embeddings; default that of the llm.
+        lm_head: output head where it is not tied to the embeddings; default that of the llm.
+    """
+
+    vision: float = 0.0
+    projector: float = 0.0
+    llm: float = 0.0
+    embeddings: float = 0.0
+    lm_head: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise UserError(f"lrs.{name} must be 0 or more and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +138,9 @@ class TrainConfig:
         warmup: share of the steps spent warming up.
         weight_decay: AdamW decay.
         max_grad_norm: gradient clipping.
-        freeze_vision: keep the vision tower fixed.
+        freeze_vision: keep the vision tower fixed; the same as freeze=vision.
+        freeze: comma-separated parts to keep fixed: vision, projector, llm, embeddings, lm_head, llm.layers.0-11,
+            vision.layers.0-5, or regular expressions of parameter names.
         bf16: train in bfloat16 autocast; weights and optimiser stay float32.
         save_dtype: type the student's weights are stored in; accuracy is measured after rounding to it.
         eval_every: steps between evaluations; 0 only at the end.
@@ -113,6 +151,7 @@ class TrainConfig:
         augment: shift, turn and re-ink the preset's training scans.
         seed: the preset's sample stream, data order, initialisation and candidates.
         threads: CPU threads; 0 leaves torch's choice.
+        lrs: peak learning rates by part of the model.
         weights: weights of the loss terms.
         align: settings of the distillation terms.
     """
@@ -134,6 +173,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
+    freeze: str = ""
     bf16: bool = False
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     eval_every: int = 0
@@ -144,6 +184,7 @@ class TrainConfig:
     augment: bool = False
     seed: int = 0
     threads: int = 0
+    lrs: LearningRates = field(default_factory=LearningRates)
     weights: LossWeights = field(default_factory=LossWeights)
     align: Align = field(default_factory=Align)
 
@@ -159,6 +200,8 @@ class TrainConfig:
         for name in ("projector_lr", "weight_decay", "eval_every", "seed", "threads"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.projector_lr and self.lrs.projector and self.projector_lr != self.lrs.projector:
+            raise UserError(f"projector_lr {self.projector_lr} and lrs.projector {self.lrs.projector}: give only one")
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}")
         if not self.terms:

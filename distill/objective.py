@@ -1,94 +1,36 @@
 """One batch -> the weighted sum of the four terms.
 
-Shape legend: B = batch, T = tokens, D = hidden, N = response positions of the batch, J = visual positions, V = vocabulary.
+Shape legend: B = batch, T = tokens, D = hidden, N = response positions of the batch, J = visual positions, K = draws a
+position, V = vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill import attention, losses, ribbon
+from distill import access, attention, ribbon
+from distill.access import GoldPass
+from distill.access import embed as embed
+from distill.access import gold_pass as gold_pass
+from distill.batch import Batch as Batch
+from distill.batch import Normaliser as Normaliser
 from distill.config import Align, LossWeights
+from distill.head import HeadLoss, RowLosses, Rows
+from distill.teacher import Teacher, TeacherPass, candidate_hidden
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Tensors of a batch; the span masks come from token ids (see vlm.chat), never from fixed positions."""
+class _Response:
+    """The trained positions of a batch."""
 
-    input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    image_BT: Tensor
-    instruction_BT: Tensor
-    response_BT: Tensor
-    pixels_NCHW: Tensor | None
-
-    @property
-    def position_BT(self) -> Tensor:
-        """Position ids that ignore padding on either side."""
-        return (self.attention_mask_BT.cumsum(dim=1) - 1).clamp(min=0)
-
-    def response_tokens(self) -> Tensor:
-        """Trained tokens. Token 0 of a row has no predicting position, so it can never count."""
-        return self.response_BT[:, 1:].sum()
-
-    def image_samples(self) -> Tensor:
-        return self.image_BT.any(dim=1).sum()
-
-
-@dataclass(frozen=True)
-class Normaliser:
-    """What the terms are divided by: totals over all micro-batches of a step."""
-
-    response_tokens: Tensor | float
-    image_samples: Tensor | float
-
-    @staticmethod
-    def of(batch: Batch) -> Normaliser:
-        return Normaliser(batch.response_tokens().clamp(min=1), batch.image_samples().clamp(min=1))
-
-
-@dataclass(frozen=True)
-class GoldPass:
-    """Result of one decoder pass over the gold sequence."""
-
-    hidden_BTD: Tensor
-    embeds_BTD: Tensor
-    cache: Any
-
-
-def embed(model: nn.Module, batch: Batch) -> Tensor:
-    """Token embeddings with image features scattered over the placeholder tokens: embeds_BTD."""
-    llava = model.model
-    embeds_BTD = llava.get_input_embeddings()(batch.input_ids_BT)
-    if batch.pixels_NCHW is None or len(batch.pixels_NCHW) == 0:
-        return embeds_BTD
-    config = model.config
-    features = llava.get_image_features(
-        pixel_values=batch.pixels_NCHW,
-        vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        return_dict=True,
-    ).pooler_output
-    flat = torch.cat(list(features), dim=0).to(embeds_BTD.dtype)
-    if flat.shape[0] != int(batch.image_BT.sum()):
-        raise ValueError(f"{int(batch.image_BT.sum())} image tokens but {flat.shape[0]} image features")
-    return embeds_BTD.masked_scatter(batch.image_BT[..., None], flat)
-
-
-def gold_pass(model: nn.Module, batch: Batch, keep_cache: bool) -> GoldPass:
-    embeds_BTD = embed(model, batch)
-    output = model.model.language_model(
-        inputs_embeds=embeds_BTD,
-        attention_mask=batch.attention_mask_BT,
-        position_ids=batch.position_BT,
-        use_cache=keep_cache,
-    )
-    return GoldPass(output.last_hidden_state, embeds_BTD, output.past_key_values if keep_cache else None)
+    sample_N: Tensor
+    place_N: Tensor
+    gold_N: Tensor
+    weight_N: Tensor
 
 
 class Objective:
@@ -97,7 +39,6 @@ class Objective:
     Args:
         terms: subset of sft, kd, iva, tpa.
         vocabulary: number of leading token ids both models share; KL terms compare only these.
-        iva_layer: teacher layer whose attention weights the visual tokens.
     """
 
     def __init__(
@@ -105,14 +46,13 @@ class Objective:
         terms: tuple[str, ...],
         weights: LossWeights,
         align: Align,
-        teacher: nn.Module | None,
+        teacher: Teacher | None,
         vocabulary: int,
-        iva_layer: int = 0,
     ) -> None:
         if teacher is None and set(terms) - {"sft"}:
             raise ValueError(f"terms {terms} need a teacher")
         self.terms, self.weights, self.align = terms, weights, align
-        self.teacher, self.vocabulary, self.iva_layer = teacher, vocabulary, iva_layer
+        self.teacher, self.vocabulary = teacher, vocabulary
 
     def __call__(
         self, student: nn.Module, batch: Batch, normaliser: Normaliser, seeds: Sequence[int] | None = None
@@ -120,137 +60,151 @@ class Objective:
         """Weighted loss and the unweighted value of each term.
 
         Args:
-            seeds: one a sample, from which its candidates are drawn; None uses torch's global stream.
+            seeds: one a sample; what is drawn for a sample (candidates, positions) depends on its seed alone, whatever
+                batch or process it is in. None derives them from the sample's tokens: the same at every call.
         """
-        cached = self.align.layout == "cached"
-        gold = gold_pass(student, batch, keep_cache=cached and "tpa" in self.terms)
-        # the token at t is predicted by the hidden state at t - 1
-        sample_N, place_N = batch.response_BT[:, 1:].nonzero(as_tuple=True)
-        place_N = place_N + 1
-        target_N = batch.input_ids_BT[sample_N, place_N]
-        student_NV = student.lm_head(gold.hidden_BTD[sample_N, place_N - 1])
-        values: dict[str, Tensor] = {}
-        if "sft" in self.terms:
-            values["sft"] = losses.sft_loss(student_NV, target_N, normaliser.response_tokens)
-        if self.teacher is not None and set(self.terms) & {"kd", "iva", "tpa"}:
-            values |= self._teacher_terms(
-                student, batch, gold, normaliser, student_NV, sample_N, place_N, target_N, seeds
-            )
-        total = sum(
-            (getattr(self.weights, name) * value for name, value in values.items()),
-            start=losses.zero_like(gold.hidden_BTD),
-        )
-        return total, {name: value.detach() for name, value in values.items()}
+        needs_teacher = bool(set(self.terms) - {"sft"})
+        tpa, iva = "tpa" in self.terms, "iva" in self.terms
+        gold = gold_pass(student, batch, keep_cache=tpa and self.align.layout == "cached")
+        seen = self.teacher(batch, iva, tpa) if self.teacher is not None and needs_teacher else None
+        key_B = _keys(batch, seeds)
+        loss = HeadLoss(access.head(student), self.vocabulary, self.align.temperature, self.align.direction)
+        response = _response(batch)
+        draws = _Draws(response, batch, key_B, self.align, access.image_token(student)) if tpa else None
+        values = self._response_terms(loss, gold, response, seen, draws, normaliser)
+        if seen is not None and iva:
+            values["iva"] = self._iva(loss, batch, gold, seen, key_B, normaliser)
+        if seen is not None and draws is not None:
+            values["tpa"] = self._tpa(loss, student, batch, gold, seen, draws.candidates(), normaliser)
+        # a batch without rows of its own still belongs to the graph
+        total = loss.total() + _zero(gold.hidden_BTD)
+        return total, {name: values[name] for name in self.terms}
 
-    def _teacher_terms(
+    def _response_terms(
         self,
-        student: nn.Module,
-        batch: Batch,
+        loss: HeadLoss,
         gold: GoldPass,
+        response: _Response,
+        seen: TeacherPass | None,
+        draws: _Draws | None,
         normaliser: Normaliser,
-        student_NV: Tensor,
-        sample_N: Tensor,
-        place_N: Tensor,
-        target_N: Tensor,
-        seeds: Sequence[int] | None,
     ) -> dict[str, Tensor]:
-        assert self.teacher is not None
-        cached = self.align.layout == "cached" and "tpa" in self.terms
-        layers = [self.iva_layer] if "iva" in self.terms else []
-        values: dict[str, Tensor] = {}
-        with attention.AttentionTap(self.teacher.model.language_model, layers) as tap, torch.no_grad():
-            teacher_gold = gold_pass(self.teacher, batch, keep_cache=cached)
-            weight_BT = self._visual_weights(tap, batch) if layers else None
-        if "kd" in self.terms:
-            with torch.no_grad():
-                teacher_NV = self._shared(self.teacher.lm_head(teacher_gold.hidden_BTD[sample_N, place_N - 1]))
-            values["kd"] = losses.kd_loss(
-                self._shared(student_NV),
-                teacher_NV,
-                normaliser.response_tokens,
-                self.align.temperature,
-                self.align.direction,
+        """L_sft and L_kd; the same logits propose the candidates of L_tpa."""
+        # the token at t is predicted by the hidden state at t - 1
+        at = response.sample_N, response.place_N - 1
+        share_N = response.weight_N / normaliser.response_tokens
+        kd = seen is not None and "kd" in self.terms
+        result = loss.add(
+            Rows(
+                hidden_RD=gold.hidden_BTD[at],
+                label_R=response.gold_N,
+                ce_weight_R=self.weights.sft * share_N if "sft" in self.terms else None,
+                target=seen.rows(*at) if seen is not None and kd else None,
+                kl_weight_R=self.weights.kd * share_N if kd else None,
+                look=None if draws is None else draws.look,
             )
-        if weight_BT is not None:
-            values["iva"] = self._iva(student, batch, gold, teacher_gold, weight_BT, normaliser)
-        if "tpa" in self.terms:
-            ids_NK = self._propose(student, student_NV, sample_N, seeds)
-            candidates = ribbon.arrange(
-                ids_NK, sample_N, place_N, target_N, len(batch.input_ids_BT), self.align.drop_gold
-            )
-            values["tpa"] = self._tpa(student, batch, gold, teacher_gold, candidates, normaliser)
-        return values
-
-    def _propose(self, student: nn.Module, student_NV: Tensor, sample_N: Tensor, seeds: Sequence[int] | None) -> Tensor:
-        scores_NV = self._shared(student_NV).detach().clone()
-        # the image placeholder stands for pixels, as a candidate it would mean nothing
-        scores_NV[:, student.config.image_token_id] = -torch.inf
-        noise_NV = None if seeds is None else ribbon.seeded_noise(seeds, sample_N, scores_NV.shape[1])
-        return ribbon.propose(scores_NV, self.align.candidates, self.align.sampling, noise_NV)
-
-    def _visual_weights(self, tap: attention.AttentionTap, batch: Batch) -> Tensor:
-        a_BT = attention.instruction_to_vision(
-            tap, self.iva_layer, batch.instruction_BT, batch.image_BT, batch.attention_mask_BT
         )
-        return attention.visual_weights(a_BT, batch.image_BT)
+        return _means(result, share_N)
 
     def _iva(
         self,
-        student: nn.Module,
+        loss: HeadLoss,
         batch: Batch,
         gold: GoldPass,
-        teacher_gold: GoldPass,
-        weight_BT: Tensor,
+        seen: TeacherPass,
+        key_B: Tensor,
         normaliser: Normaliser,
     ) -> Tensor:
-        assert self.teacher is not None
-        if not batch.image_BT.any():
-            return losses.zero_like(gold.hidden_BTD)
-        at = batch.image_BT.nonzero(as_tuple=True)
-        with torch.no_grad():
-            teacher_JV = self._shared(self.teacher.lm_head(teacher_gold.hidden_BTD[at]))
-        return losses.iva_loss(
-            self._shared(student.lm_head(gold.hidden_BTD[at])),
-            teacher_JV,
-            weight_BT[at],
-            normaliser.image_samples,
-            self.align.temperature,
-            self.align.direction,
+        weight_BT = seen.weights()
+        if self.align.iva_rows:
+            weight_BT = attention.draw_visual(weight_BT, self.align.iva_rows, ribbon.uniforms(key_B, 1)[:, 0])
+        at = (weight_BT * batch.image_BT).nonzero(as_tuple=True)
+        share_J = weight_BT[at] / normaliser.image_samples
+        result = loss.add(
+            Rows(gold.hidden_BTD[at], target=seen.rows(*at), kl_weight_R=self.weights.iva * share_J),
         )
+        return _means(result, share_J)["kd"]
 
     def _tpa(
         self,
+        loss: HeadLoss,
         student: nn.Module,
         batch: Batch,
         gold: GoldPass,
-        teacher_gold: GoldPass,
+        seen: TeacherPass,
         candidates: ribbon.Candidates,
         normaliser: Normaliser,
     ) -> Tensor:
-        assert self.teacher is not None
         if not candidates.keep_BC.any():
-            return losses.zero_like(gold.hidden_BTD)
-        student_CD = self._candidate_hidden(student, batch, gold, candidates)[candidates.keep_BC]
-        with torch.no_grad():
-            teacher_CD = self._candidate_hidden(self.teacher, batch, teacher_gold, candidates)[candidates.keep_BC]
-            teacher_CV = self._shared(self.teacher.lm_head(teacher_CD))
-        return losses.tpa_loss(
-            self._shared(student.lm_head(student_CD)),
-            teacher_CV,
-            normaliser.response_tokens * self.align.candidates,
-            self.align.temperature,
-            self.align.direction,
+            return torch.zeros((), device=gold.hidden_BTD.device)
+        hidden_BCD = candidate_hidden(student, batch, gold, candidates, self.align)
+        share_C = candidates.weight_BC[candidates.keep_BC] / normaliser.response_tokens
+        result = loss.add(
+            Rows(
+                hidden_BCD[candidates.keep_BC],
+                target=seen.candidates(candidates),
+                kl_weight_R=self.weights.tpa * share_C,
+            )
+        )
+        return _means(result, share_C)["kd"]
+
+
+class _Draws:
+    """Candidates of the response positions, drawn while the student's logits pass by."""
+
+    def __init__(self, response: _Response, batch: Batch, key_B: Tensor, align: Align, image_token: int) -> None:
+        self.response, self.align, self.forbidden = response, align, (image_token,)
+        self.batch = len(batch.input_ids_BT)
+        sample_N = response.sample_N
+        key_N = ribbon.mix(key_B[sample_N] + batch.position_BT[sample_N, response.place_N])
+        self.uniform_NK = ribbon.uniforms(key_N, align.candidates)
+        self.ids_NK = torch.zeros_like(self.uniform_NK, dtype=torch.long)
+        self.weight_NK = torch.zeros_like(self.uniform_NK)
+        count_B = torch.bincount(sample_N, minlength=self.batch)
+        rank_N = torch.arange(len(sample_N), device=sample_N.device) - (count_B.cumsum(0) - count_B)[sample_N]
+        self.chosen_N = ribbon.systematic(rank_N, align.tpa_share, ribbon.uniforms(key_B, 2)[sample_N, 1])
+
+    def look(self, logits_NV: Tensor, part: slice) -> None:
+        """Draw for the rows of one chunk."""
+        chosen = torch.arange(part.start, part.stop, device=logits_NV.device)[self.chosen_N[part]]
+        logits_NV = logits_NV[chosen - part.start]
+        if self.align.tpa_entropy > 0:
+            uncertain = ribbon.entropy(logits_NV) >= self.align.tpa_entropy
+            chosen, logits_NV = chosen[uncertain], logits_NV[uncertain]
+        ids, weight = ribbon.propose(logits_NV, self.uniform_NK[chosen], self.align.sampling, self.forbidden)
+        self.ids_NK[chosen], self.weight_NK[chosen] = ids, weight / self.align.tpa_share
+
+    def candidates(self) -> ribbon.Candidates:
+        response = self.response
+        weight_NK = self.weight_NK * response.weight_N[:, None]
+        return ribbon.arrange(
+            self.ids_NK,
+            weight_NK,
+            response.sample_N,
+            response.place_N,
+            response.gold_N,
+            self.batch,
+            self.align.drop_gold,
         )
 
-    def _candidate_hidden(
-        self, model: nn.Module, batch: Batch, gold: GoldPass, candidates: ribbon.Candidates
-    ) -> Tensor:
-        decoder = model.model.language_model
-        if self.align.layout == "cached":
-            return ribbon.run_cached(decoder, candidates, gold.cache, batch.attention_mask_BT, batch.position_BT)
-        return ribbon.run_single_pass(
-            decoder, gold.embeds_BTD, candidates, batch.attention_mask_BT, batch.position_BT, self.align.layout
-        )[1]
 
-    def _shared(self, logits_NV: Tensor) -> Tensor:
-        return logits_NV[..., : self.vocabulary]
+def _keys(batch: Batch, seeds: Sequence[int] | None) -> Tensor:
+    if seeds is None:
+        return ribbon.sample_keys(batch.input_ids_BT, batch.attention_mask_BT)
+    return ribbon.mix(torch.tensor(list(seeds), dtype=torch.long, device=batch.input_ids_BT.device))
+
+
+def _response(batch: Batch) -> _Response:
+    sample_N, place_N = batch.response_places()
+    weight_BT = batch.token_weight_BT
+    weight_N = torch.ones(len(sample_N), device=sample_N.device) if weight_BT is None else weight_BT[sample_N, place_N]
+    return _Response(sample_N, place_N, batch.input_ids_BT[sample_N, place_N], weight_N)
+
+
+def _means(result: RowLosses, share_R: Tensor) -> dict[str, Tensor]:
+    values = {"sft": result.ce_R, "kd": result.kl_R}
+    return {name: (value_R * share_R).sum() for name, value_R in values.items() if value_R is not None}
+
+
+def _zero(hidden: Tensor) -> Tensor:
+    return hidden.sum() * 0.0

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 from distill.config import Layout, Sampling
 
+# constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit numbers
+_GOLDEN, _MIX_A, _MIX_B = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -32,69 +35,136 @@ class Candidates:
     Attributes:
         ids_BC: token ids.
         place_BC: index of the gold token each candidate replaces.
+        weight_BC: share of its position's mean over candidates.
         keep_BC: True for real candidates; padding and dropped ones are False.
     """
 
     ids_BC: Tensor
     place_BC: Tensor
+    weight_BC: Tensor
     keep_BC: Tensor
 
 
-def propose(student_NV: Tensor, count: int, sampling: Sampling, noise_NV: Tensor | None = None) -> Tensor:
-    """Draw `count` distinct candidates a row from p_S: multinomial without replacement (T = 1), or the top ones.
+def propose(
+    logits_NV: Tensor, uniform_NK: Tensor, sampling: Sampling, forbidden: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Draw K candidates a row from p_S (T = 1).
 
     Args:
-        noise_NV: Exponential(1) draws to use (see `seeded_noise`); None takes them from torch's global stream.
+        uniform_NK: one number in [0, 1) a draw; the draw is the inverse of the cumulative distribution, so that equal
+            numbers give equal candidates on any device and however the rows are batched.
+        sampling: `multinomial` draws independently, `distinct` without replacement, `top-k` takes the likeliest.
+        forbidden: ids never drawn.
 
     Returns:
-        ids_NK.
+        (ids_NK, weight_NK): weights of a row sum to one; a repeated draw counts once with the weight of its repeats, so
+        sum_m weight_m f(c_m) is the mean of f over the draws.
     """
-    scores = student_NV.detach().float()
+    count = uniform_NK.shape[1]
+    probs_NV = logits_NV.detach().float().softmax(dim=-1)
+    for token in forbidden:
+        probs_NV[:, token] = 0
+    even_NK = torch.full_like(uniform_NK, 1 / count, dtype=torch.float32)
+    if sampling == "top-k":
+        return probs_NV.topk(count, dim=-1).indices, even_NK
     if sampling == "multinomial":
-        noise_NV = torch.empty_like(scores).exponential_() if noise_NV is None else noise_NV
-        # adding Gumbel noise to the logits and taking the largest draws without replacement, exactly
-        scores = scores - noise_NV.clamp(min=torch.finfo(scores.dtype).tiny).log()
-    return scores.topk(count, dim=-1).indices
+        ids_NK = _inverse(probs_NV, uniform_NK)
+        same_NKK = ids_NK[:, :, None] == ids_NK[:, None, :]
+        repeated_NK = same_NKK.tril(-1).any(dim=-1)
+        return ids_NK, torch.where(repeated_NK, 0.0, same_NKK.sum(dim=-1) * even_NK)
+    columns = []
+    for m in range(count):
+        columns.append(_inverse(probs_NV, uniform_NK[:, m : m + 1]))
+        probs_NV.scatter_(1, columns[-1], 0)
+    return torch.cat(columns, dim=1), even_NK
 
 
-def seeded_noise(seeds: Sequence[int], sample_N: Tensor, width: int) -> Tensor:
-    """Exponential(1) noise_NV that depends on each sample's own seed, not on the micro-batch or process that holds it.
+def _inverse(probs_NV: Tensor, uniform_NK: Tensor) -> Tensor:
+    cumulative_NV = probs_NV.cumsum(dim=-1)
+    wanted_NK = uniform_NK.to(cumulative_NV.dtype) * cumulative_NV[:, -1:]
+    # rounding may lift a product to the total itself, beyond the last token that has any probability
+    last_N1 = cumulative_NV.argmax(dim=-1, keepdim=True)
+    return torch.searchsorted(cumulative_NV, wanted_NK, right=True).minimum(last_N1)
+
+
+def entropy(logits_NV: Tensor) -> Tensor:
+    """Entropy of every row in nats."""
+    logp_NV = logits_NV.float().log_softmax(dim=-1)
+    return -(logp_NV.exp() * logp_NV).sum(dim=-1)
+
+
+def uniforms(key_N: Tensor, count: int) -> Tensor:
+    """Numbers in [0, 1) that depend on the keys alone (SplitMix64), float32.
 
     Args:
-        seeds: one a sample of the batch.
-        sample_N: which sample each row belongs to, in ascending order.
+        key_N: int64.
+
+    Returns:
+        uniform_NK.
     """
-    noise_NV = torch.empty(len(sample_N), width, device=sample_N.device)
-    generator = torch.Generator(sample_N.device)
-    rows = torch.bincount(sample_N, minlength=len(seeds)).tolist()
-    for seed, part in zip(seeds, noise_NV.split(rows), strict=True):
-        part.exponential_(generator=generator.manual_seed(seed))
-    return noise_NV
+    state_NK = key_N[:, None] + _GOLDEN * torch.arange(1, count + 1, device=key_N.device)
+    return (_shift(mix(state_NK), 40).to(torch.float32)) * 2.0**-24
+
+
+def mix(value: Tensor) -> Tensor:
+    """The SplitMix64 finaliser on int64 tensors, elementwise."""
+    value = (value ^ _shift(value, 30)) * _MIX_A
+    value = (value ^ _shift(value, 27)) * _MIX_B
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sample_keys(input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """key_B of each sample from its own tokens, the same in any batch, order or padding."""
+    token_BT = mix(input_ids_BT + _GOLDEN * attention_mask_BT.cumsum(dim=1))
+    return mix((token_BT * attention_mask_BT).sum(dim=1))
+
+
+def systematic(rank_N: Tensor, share: float, uniform_N: Tensor) -> Tensor:
+    """Every row with probability `share`, evenly spread: rows of rank 0, 1, ... of a sample with its one number.
+
+    Returns:
+        chosen_N, bool.
+    """
+    at_N = rank_N * share + uniform_N
+    return (at_N + share).floor() > at_N.floor()
 
 
 def arrange(
-    ids_NK: Tensor, sample_N: Tensor, place_N: Tensor, gold_N: Tensor, batch: int, drop_gold: bool = True
+    ids_NK: Tensor,
+    weight_NK: Tensor,
+    sample_N: Tensor,
+    place_N: Tensor,
+    gold_N: Tensor,
+    batch: int,
+    drop_gold: bool = True,
 ) -> Candidates:
     """Pack candidates of N response positions into one padded row a sample.
 
     Args:
+        weight_NK: candidates of weight zero are dropped.
         sample_N, place_N: which sample and which gold token index each position belongs to.
         gold_N: the gold token; a candidate equal to it is dropped when `drop_gold`.
     """
-    keep_NK = ids_NK != gold_N[:, None] if drop_gold else torch.ones_like(ids_NK, dtype=torch.bool)
-    count = ids_NK.shape[1]
-    flat = keep_NK.reshape(-1)
-    sample = sample_N.repeat_interleave(count)[flat]
-    place, ids = place_N.repeat_interleave(count)[flat], ids_NK.reshape(-1)[flat]
+    keep_NK = weight_NK > 0
+    if drop_gold:
+        keep_NK = keep_NK & (ids_NK != gold_N[:, None])
+    row, column = keep_NK.nonzero(as_tuple=True)
+    sample = sample_N[row]
     per_sample_B = torch.bincount(sample, minlength=batch)
-    width = int(per_sample_B.max()) if flat.any() else 0
+    width = int(per_sample_B.max()) if len(row) else 0
     first_B = per_sample_B.cumsum(0) - per_sample_B
-    slot = torch.arange(sample.numel(), device=ids.device) - first_B[sample]
-    ids_BC = torch.zeros(batch, width, dtype=torch.long, device=ids.device)
+    slot = torch.arange(len(row), device=ids_NK.device) - first_B[sample]
+    ids_BC = torch.zeros(batch, width, dtype=torch.long, device=ids_NK.device)
     place_BC = torch.zeros_like(ids_BC)
+    weight_BC = torch.zeros(batch, width, device=ids_NK.device)
     keep_BC = torch.zeros_like(ids_BC, dtype=torch.bool)
-    ids_BC[sample, slot], place_BC[sample, slot], keep_BC[sample, slot] = ids, place, True
-    return Candidates(ids_BC, place_BC, keep_BC)
+    ids_BC[sample, slot], place_BC[sample, slot] = ids_NK[row, column], place_N[row]
+    weight_BC[sample, slot], keep_BC[sample, slot] = weight_NK[row, column].float(), True
+    return Candidates(ids_BC, place_BC, weight_BC, keep_BC)
 
 
 def candidate_mask(candidates: Candidates, attention_mask_BT: Tensor) -> Tensor:

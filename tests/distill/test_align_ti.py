@@ -13,6 +13,7 @@ from distill import ribbon
 from distill.attention import AttentionTap, instruction_to_vision, visual_weights
 from distill.config import TERMS, Align, Layout, LossWeights
 from distill.objective import Batch, Normaliser, Objective, embed, gold_pass
+from distill.teacher import LiveTeacher
 from tests.distill.conftest import Pair
 from vlm.load import load_model, open_checkpoint
 
@@ -29,9 +30,9 @@ def candidates_of(model: nn.Module, batch: Batch, count: int = 3) -> ribbon.Cand
     sample_N, place_N, gold_N = positions(batch)
     student_NV = model.lm_head(gold_pass(model, batch, False).hidden_BTD[sample_N, place_N - 1])
     student_NV[:, model.config.image_token_id] = -torch.inf
-    torch.manual_seed(3)
-    ids_NK = ribbon.propose(student_NV, count, "multinomial")
-    return ribbon.arrange(ids_NK, sample_N, place_N, gold_N, len(batch.input_ids_BT))
+    uniform_NK = torch.rand(len(sample_N), count, generator=torch.Generator().manual_seed(3))
+    ids_NK, weight_NK = ribbon.propose(student_NV, uniform_NK, "distinct")
+    return ribbon.arrange(ids_NK, weight_NK, sample_N, place_N, gold_N, len(batch.input_ids_BT))
 
 
 def real_rows(batch: Batch) -> Tensor:
@@ -144,7 +145,8 @@ def qwen2_answer() -> str:
 
 
 def all_terms(pair: Pair, layout: Layout = "cached", **weights: float) -> Objective:
-    return Objective(TERMS, LossWeights(**weights), Align(layout=layout, sampling="top-k"), pair.teacher, 10**6, 1)
+    align = Align(layout=layout, sampling="top-k")
+    return Objective(TERMS, LossWeights(**weights), align, LiveTeacher(pair.teacher, align, iva_layer=1), 10**6)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

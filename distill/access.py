@@ -1,0 +1,87 @@
+"""Where a vision-language model keeps its parts: the only module that knows the layout of a model class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.batch import Batch
+from vlm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection: logits = soft_cap * tanh(hidden @ weight.T / soft_cap), or without the cap."""
+
+    weight_VD: Tensor
+    soft_cap: float | None = None
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """logits_RV of a few rows."""
+        logits_RV = hidden_RD @ self.weight_VD.to(hidden_RD.dtype).T
+        return logits_RV if self.soft_cap is None else self.soft_cap * torch.tanh(logits_RV / self.soft_cap)
+
+
+def decoder(model: nn.Module) -> Any:
+    """The causal decoder: takes inputs_embeds, returns the last hidden states."""
+    return model.model.language_model
+
+
+def head(model: nn.Module) -> Head:
+    """The language-model head.
+
+    Raises:
+        CheckpointError: the head has a bias, which the chunked loss does not compute.
+    """
+    if getattr(model.lm_head, "bias", None) is not None:
+        raise CheckpointError("the language-model head has a bias; only heads without one are supported")
+    text = getattr(model.config, "text_config", model.config)
+    return Head(model.lm_head.weight, getattr(text, "final_logit_softcapping", None))
+
+
+def image_token(model: nn.Module) -> int:
+    """Id of the placeholder that image features replace."""
+    return int(model.config.image_token_id)
+
+
+def embed(model: nn.Module, batch: Batch) -> Tensor:
+    """Token embeddings with image features scattered over the placeholder tokens: embeds_BTD."""
+    llava = model.model
+    embeds_BTD = llava.get_input_embeddings()(batch.input_ids_BT)
+    if batch.pixels_NCHW is None or len(batch.pixels_NCHW) == 0:
+        return embeds_BTD
+    config = model.config
+    features = llava.get_image_features(
+        pixel_values=batch.pixels_NCHW,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        return_dict=True,
+    ).pooler_output
+    flat = torch.cat(list(features), dim=0).to(embeds_BTD.dtype)
+    if flat.shape[0] != int(batch.image_BT.sum()):
+        raise ValueError(f"{int(batch.image_BT.sum())} image tokens but {flat.shape[0]} image features")
+    return embeds_BTD.masked_scatter(batch.image_BT[..., None], flat)
+
+
+@dataclass(frozen=True)
+class GoldPass:
+    """Result of one decoder pass over the gold sequence."""
+
+    hidden_BTD: Tensor
+    embeds_BTD: Tensor
+    cache: Any
+
+
+def gold_pass(model: nn.Module, batch: Batch, keep_cache: bool) -> GoldPass:
+    """Run the decoder over the gold tokens, keeping keys and values when asked to."""
+    embeds_BTD = embed(model, batch)
+    output = decoder(model)(
+        inputs_embeds=embeds_BTD,
+        attention_mask=batch.attention_mask_BT,
+        position_ids=batch.position_BT,
+        use_cache=keep_cache,
+    )
+    return GoldPass(output.last_hidden_state, embeds_BTD, output.past_key_values if keep_cache else None)

@@ -1,0 +1,58 @@
+"""A padded batch and what its terms are divided by.
+
+Shape legend: B = batch, T = tokens, N = images, C, H, W = image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of a batch; the span masks come from token ids (see vlm.chat), never from fixed positions.
+
+    Attributes:
+        token_weight_BT: weight of each trained token in the response terms; None weighs all alike.
+    """
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    image_BT: Tensor
+    instruction_BT: Tensor
+    response_BT: Tensor
+    pixels_NCHW: Tensor | None
+    token_weight_BT: Tensor | None = None
+
+    @property
+    def position_BT(self) -> Tensor:
+        """Position ids that ignore padding on either side."""
+        return (self.attention_mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+
+    def response_places(self) -> tuple[Tensor, Tensor]:
+        """(sample_N, place_N) of the trained tokens; token 0 of a row has no predicting position and never counts."""
+        sample_N, place_N = self.response_BT[:, 1:].nonzero(as_tuple=True)
+        return sample_N, place_N + 1
+
+    def response_tokens(self) -> Tensor:
+        """Weight of all trained tokens together (their number, where none are weighted)."""
+        trained_BT = self.response_BT[:, 1:]
+        return trained_BT.sum() if self.token_weight_BT is None else (trained_BT * self.token_weight_BT[:, 1:]).sum()
+
+    def image_samples(self) -> Tensor:
+        """Number of samples that have an image."""
+        return self.image_BT.any(dim=1).sum()
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """What the terms are divided by: totals over all micro-batches (and processes) of a step."""
+
+    response_tokens: Tensor | float
+    image_samples: Tensor | float
+
+    @staticmethod
+    def of(batch: Batch) -> Normaliser:
+        return Normaliser(batch.response_tokens().clamp(min=1), batch.image_samples().clamp(min=1))

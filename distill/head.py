@@ -1,0 +1,265 @@
+"""One chunked head loss for all terms: hidden states in, weighted loss and gradients out, never [rows, V] logits.
+
+Logits of a few rows at a time are made, turned into the loss and at once into gradients of the hidden states and of the
+head, and dropped. Nothing of size rows x V outlives a chunk, of neither model, and no product is computed twice: the
+backward pass only hands the gradients on.
+
+Per row r with student logits z, teacher distribution p and student distribution q = softmax(z / T):
+    ce_r = - log softmax(z)[label]                          gradient in z: softmax(z) - onehot(label)
+    kl_r = T^2 sum_v p log(p / q)        (forward)          gradient in z: T (q - p)
+    kl_r = T^2 sum_v q log(q / p)        (reverse)          gradient in z: T q (log(q / p) - sum_v q log(q / p))
+    loss = sum_r ce_weight_r ce_r + kl_weight_r kl_r
+
+Shape legend: R = rows, D = student hidden, E = teacher hidden, V = vocabulary, K = stored tokens a row, M = draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.access import Head
+from distill.config import Direction
+from distill.teacher import DenseTarget, SparseTarget, Target
+
+# a chunk's logits take at most this many bytes; larger chunks are no faster on a CPU and leave its cache
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+Look = Callable[[Tensor, slice], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one kind and how much each counts.
+
+    Attributes:
+        hidden_RD: student hidden states at the predicting positions.
+        label_R: token to predict, with ce_weight_R.
+        target: teacher distributions of the same rows, with kl_weight_R.
+        look: called with (student logits of the shared vocabulary, row slice) of every chunk, e.g. to draw candidates.
+    """
+
+    hidden_RD: Tensor
+    label_R: Tensor | None = None
+    ce_weight_R: Tensor | None = None
+    target: Target | None = None
+    kl_weight_R: Tensor | None = None
+    look: Look | None = None
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Values per row, float32, without gradient; None for what was not asked."""
+
+    ce_R: Tensor | None
+    kl_R: Tensor | None
+
+
+class HeadLoss:
+    """Adds up weighted row losses over one head; `total` is the differentiable sum.
+
+    Args:
+        head: the student's head; its weight may be frozen.
+        vocabulary: leading token ids both models share; divergences compare only these, cross-entropy uses all.
+        temperature: of both distributions in every divergence.
+        chunk: rows a chunk; 0 chooses by memory.
+
+    The gradients are computed while rows are added, in float32 whatever the weights are, so one head serves any number
+    of `add` calls with a single gradient buffer.
+    """
+
+    def __init__(
+        self, head: Head, vocabulary: int, temperature: float = 1.0, direction: Direction = "forward", chunk: int = 0
+    ) -> None:
+        self.head, self.vocabulary = head, min(vocabulary, len(head.weight_VD))
+        self.temperature, self.direction = temperature, direction
+        self.chunk = chunk or chunk_rows(len(head.weight_VD), head.weight_VD.device.type)
+        self._trains = torch.is_grad_enabled()
+        needs = self._trains and head.weight_VD.requires_grad
+        self._grad_VD = torch.zeros_like(head.weight_VD, dtype=torch.float32) if needs else None
+        self._inputs: list[Tensor] = []
+        self._grads: list[Tensor] = []
+        self._value = torch.zeros((), dtype=torch.float32, device=head.weight_VD.device)
+
+    def add(self, rows: Rows) -> RowLosses:
+        """Compute the rows' losses and gradients now."""
+        count = len(rows.hidden_RD)
+        device = rows.hidden_RD.device
+        ce_R = torch.zeros(count, device=device) if rows.ce_weight_R is not None else None
+        kl_R = torch.zeros(count, device=device) if rows.kl_weight_R is not None else None
+        wants_grad = self._trains and (ce_R is not None or kl_R is not None)
+        grad_RD = torch.zeros_like(rows.hidden_RD) if wants_grad and rows.hidden_RD.requires_grad else None
+        with torch.no_grad():
+            weight_VD = _compute_type(self.head.weight_VD)
+            for start in range(0, count, self.chunk):
+                part = slice(start, min(start + self.chunk, count))
+                self._chunk(rows, part, weight_VD, ce_R, kl_R, grad_RD)
+            for value_R, weight_R in ((ce_R, rows.ce_weight_R), (kl_R, rows.kl_weight_R)):
+                if value_R is not None and weight_R is not None:
+                    self._value += (value_R * weight_R).sum()
+        if grad_RD is not None:
+            self._inputs.append(rows.hidden_RD)
+            self._grads.append(grad_RD)
+        return RowLosses(ce_R, kl_R)
+
+    def total(self) -> Tensor:
+        """The weighted sum of everything added so far; call it once."""
+        if not self._trains:
+            return self._value
+        weight = self.head.weight_VD
+        total: Tensor = _HandOn.apply(self._value, self._grad_VD, self._grads, weight, *self._inputs)
+        return total
+
+    def _chunk(
+        self,
+        rows: Rows,
+        part: slice,
+        weight_VD: Tensor,
+        ce_R: Tensor | None,
+        kl_R: Tensor | None,
+        grad_RD: Tensor | None,
+    ) -> None:
+        hidden = rows.hidden_RD[part].to(weight_VD.dtype)
+        logits = (hidden @ weight_VD.T).float()
+        cap = self.head.soft_cap
+        if cap is not None:
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        if rows.look is not None:
+            rows.look(logits[:, : self.vocabulary], part)
+        if ce_R is None and kl_R is None:
+            return
+        trains = grad_RD is not None or self._grad_VD is not None
+        slope = None if cap is None or not trains else 1 - (logits / cap) ** 2
+        kl = None
+        if kl_R is not None:
+            assert rows.target is not None
+            assert rows.kl_weight_R is not None
+            kl = self._divergence(logits, rows.target, part, rows.kl_weight_R[part], trains)
+            kl_R[part] = kl.value_R
+        gradient = None
+        if ce_R is not None:
+            assert rows.label_R is not None
+            assert rows.ce_weight_R is not None
+            ce_R[part], gradient = _cross_entropy(logits, rows.label_R[part], rows.ce_weight_R[part], trains)
+        if kl is not None and kl.gradient_RV is not None:
+            if gradient is None:
+                gradient = logits.zero_() if kl.gradient_RV.shape != logits.shape else kl.gradient_RV
+            if gradient is not kl.gradient_RV:
+                gradient[:, : self.vocabulary] += kl.gradient_RV
+        if gradient is None:
+            return
+        if slope is not None:
+            gradient *= slope
+        narrow = gradient.to(weight_VD.dtype)
+        if grad_RD is not None:
+            grad_RD[part] = (narrow @ weight_VD).to(grad_RD.dtype)
+        if self._grad_VD is not None:
+            _add_product(self._grad_VD, narrow, hidden)
+
+    def _divergence(self, logits: Tensor, target: Target, part: slice, weight_R: Tensor, trains: bool) -> _Divergence:
+        student = torch.log_softmax(logits[:, : self.vocabulary] / self.temperature, dim=-1)
+        if isinstance(target, SparseTarget):
+            return _sparse_divergence(student, target, part, weight_R, self.temperature, self.direction, trains)
+        teacher = self._teacher_rows(target, part)
+        if self.direction == "forward":
+            p = teacher.exp()
+            value_R = (p * teacher.sub_(student)).sum(dim=-1)
+            gradient = student.exp_().sub_(p) if trains else None
+        else:
+            q = student.exp()
+            ratio = student.sub_(teacher)
+            value_R = (q * ratio).sum(dim=-1)
+            gradient = ratio.sub_(value_R[:, None]).mul_(q) if trains else None
+        if gradient is not None:
+            gradient.mul_((weight_R * self.temperature)[:, None])
+        return _Divergence(value_R * self.temperature**2, gradient)
+
+    def _teacher_rows(self, target: DenseTarget, part: slice) -> Tensor:
+        weight_VE = _compute_type(target.head.weight_VD)[: self.vocabulary]
+        logits = (target.hidden_RE[part].to(weight_VE.dtype) @ weight_VE.T).float()
+        cap = target.head.soft_cap
+        if cap is not None:
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        return torch.log_softmax(logits.div_(self.temperature), dim=-1)
+
+
+@dataclass(frozen=True)
+class _Divergence:
+    value_R: Tensor
+    gradient_RV: Tensor | None
+
+
+def _cross_entropy(logits: Tensor, label_R: Tensor, weight_R: Tensor, trains: bool) -> tuple[Tensor, Tensor | None]:
+    """(value_R, gradient_RV or None); the logits are used up."""
+    normaliser_R = logits.logsumexp(dim=-1)
+    value_R = normaliser_R - logits.gather(1, label_R[:, None]).squeeze(1)
+    if not trains:
+        return value_R, None
+    gradient = logits.sub_(normaliser_R[:, None]).exp_().mul_(weight_R[:, None])
+    gradient.scatter_add_(1, label_R[:, None], -weight_R[:, None].to(gradient.dtype))
+    return value_R, gradient
+
+
+def _sparse_divergence(
+    student: Tensor,
+    target: SparseTarget,
+    part: slice,
+    weight_R: Tensor,
+    temperature: float,
+    direction: Direction,
+    trains: bool,
+) -> _Divergence:
+    if direction != "forward":
+        raise ValueError("stored teacher distributions serve the forward divergence only")
+    ids, probs = target.ids_RK[part], target.probs_RK[part].float()
+    value_R = target.negentropy_R[part].float() - (probs * student.gather(1, ids)).sum(dim=-1)
+    gradient = None
+    if trains:
+        gradient = student.exp_().mul_(probs.sum(dim=-1, keepdim=True)).scatter_add_(1, ids, -probs)
+        gradient.mul_((weight_R * temperature)[:, None])
+    return _Divergence(value_R * temperature**2, gradient)
+
+
+def _compute_type(weight: Tensor) -> Tensor:
+    """The weight in the type products run in: autocast's where it is on, else its own."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+
+def _add_product(total_VD: Tensor, gradient_RV: Tensor, hidden_RD: Tensor) -> None:
+    """total += gradient.T @ hidden, accumulated in float32."""
+    if gradient_RV.dtype == total_VD.dtype:
+        total_VD.addmm_(gradient_RV.T, hidden_RD)
+    else:
+        total_VD += gradient_RV.T @ hidden_RD
+
+
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows whose float32 logits fit the chunk budget of a device type."""
+    budget = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
+    return max(16, budget // (4 * vocabulary) // 16 * 16)
+
+
+class _HandOn(torch.autograd.Function):
+    """Gives gradients that are known already to their inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, grad_VD: Tensor | None, grads: list[Tensor], weight_VD: Tensor, *_: Tensor
+    ) -> Tensor:
+        ctx.grad_VD, ctx.grads, ctx.dtype = grad_VD, grads, weight_VD.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        if ctx.grads is None:
+            raise RuntimeError("the head loss hands its gradients on once; build the loss again")
+        scale = outputs[0]
+        # in place: the buffers are large, and a loss is differentiated once
+        grads = [grad.mul_(scale) for grad in ctx.grads]
+        weight = None if ctx.grad_VD is None else ctx.grad_VD.mul_(scale).to(ctx.dtype)
+        ctx.grads = ctx.grad_VD = None
+        return None, None, None, weight, *grads
