@@ -1,0 +1,1 @@
+"""Measurements: every script compares two sides in one run and ends with one JSON line."""

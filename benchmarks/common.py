@@ -1,0 +1,129 @@
+"""What every benchmark needs: who measured, peak memory of a call, both sides in turns, one JSON line at the end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison; ratio = ours / theirs, n = rounds, spread = quartiles of the ratio of paired rounds."""
+
+    name: str
+    ratio: float
+    ours: float
+    theirs: float
+    unit: str
+    n: int
+    spread: tuple[float, float]
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, accelerator and versions."""
+    import torch
+
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**20, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Bytes the process grew by at most during a call, what it left behind included.
+
+    CUDA: the allocator's peak. CPU: the kernel's high-water mark of resident memory, reset before the call.
+    """
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(name))
+
+
+def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every call, A B C A B C ..., each round starting with another side."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for turn in range(warmup + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.perf_counter()
+            sides[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def compare(name: str, ours: list[float], theirs: list[float], unit: str) -> Result:
+    """Ratio of medians and the quartiles of the ratio of paired rounds."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    a, b = statistics.median(ours), statistics.median(theirs)
+    return Result(name, a / b, a, b, unit, len(ours), (quartiles[0], quartiles[2]))
+
+
+def finish(results: list[Result], settings: Mapping[str, Any], out: Path | None) -> None:
+    """Print the results, one JSON line last, and keep it in a file when asked."""
+    for r in results:
+        low, high = r.spread
+        print(
+            f"{r.name}: {r.ratio:.3f} ({r.ours:.4g} / {r.theirs:.4g} {r.unit}, n = {r.n}, quartiles {low:.3f} to {high:.3f})"
+        )
+    value = {"rows": [asdict(r) for r in results], "settings": dict(settings), "machine": machine()}
+    text = json.dumps(value)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(value, indent=1) + "\n")
+    print(text)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options all benchmarks share."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    made.add_argument("--out", type=Path, help="keep the JSON here too")
+    return made
