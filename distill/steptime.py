@@ -10,9 +10,10 @@ import torch
 
 from distill.config import TrainConfig
 from distill.data import Collator, batches
+from distill.groups import build_optimizer
 from distill.objective import Normaliser, Objective
+from distill.teacher import LiveTeacher
 from distill.train import load_run
-from distill.trainer import build_optimizer
 
 
 def measure(configs: list[TrainConfig], rounds: int, warmup: int = 3) -> dict[str, float]:
@@ -33,7 +34,8 @@ def measure(configs: list[TrainConfig], rounds: int, warmup: int = 3) -> dict[st
 
 def _stepper(config: TrainConfig) -> Callable[[int], None]:
     run = load_run(config)
-    objective = Objective(config.terms, config.weights, config.align, run.teacher, run.vocabulary, iva_layer=0)
+    teacher = None if run.teacher is None else LiveTeacher(run.teacher, config.align)
+    objective = Objective(config.terms, config.weights, config.align, teacher, run.vocabulary)
     optimizer = build_optimizer(config, run.student)
     collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
 

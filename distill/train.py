@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill import evaluate, irs, presets, report
+from distill import evaluate, groups, irs, presets, report
 from distill.assemble import build_model, save_checkpoint
-from distill.config import Align, LossWeights, TrainConfig
+from distill.config import Align, LearningRates, LossWeights, TrainConfig
 from distill.data import Collator, DigitsExamples, Examples, LlavaJson, check_lengths
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
+from distill.teacher import LiveTeacher
 from distill.trainer import COMPLETE, METRICS, DistillTrainer, last_checkpoint
 from vlm import digits
 from vlm.console import note
@@ -86,9 +87,11 @@ def train(config: TrainConfig) -> TrainResult:
     torch.manual_seed(config.seed)
     started = time.monotonic()
     run = load_run(config)
+    note(groups.table(groups.parameter_groups(config, run.student), run.student))
     iva_layer, scores = _iva_layer(run)
     _start_run_directory(config, scores)
-    objective = Objective(config.terms, config.weights, config.align, run.teacher, run.vocabulary, iva_layer)
+    teacher = None if run.teacher is None else LiveTeacher(run.teacher, config.align, iva_layer)
+    objective = Objective(config.terms, config.weights, config.align, teacher, run.vocabulary)
     collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
     trainer = DistillTrainer(
         config, run.student, objective, run.data.train, collate, lambda model: _validate(run, objective, model)
@@ -168,8 +171,7 @@ def load_run(config: TrainConfig) -> Run:
         teacher = load_model(teacher_source).requires_grad_(False)
         if torch.cuda.is_available():
             teacher = teacher.to("cuda")
-    if config.freeze_vision:
-        student.model.vision_tower.requires_grad_(False)
+    groups.freeze(student, f"{config.freeze},{'vision' if config.freeze_vision else ''}")
     return Run(config, student, student_source, teacher, teacher_source, data, vocabulary)
 
 
@@ -308,5 +310,6 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 
 def config_from_json(value: dict[str, Any]) -> TrainConfig:
     paths = {name: Path(value[name]) for name in ("data", "images", "out") if value[name] is not None}
-    nested = {"weights": LossWeights(**value["weights"]), "align": Align(**value["align"])}
+    made = {"lrs": LearningRates, "weights": LossWeights, "align": Align}
+    nested = {name: make(**value[name]) for name, make in made.items() if name in value}
     return TrainConfig(**{**value, **paths, **nested})

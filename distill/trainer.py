@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from distill.config import TrainConfig
 from distill.data import Collator, Examples, to_batch
+from distill.groups import build_optimizer
 from distill.objective import Normaliser, Objective
 from vlm.console import Progress
 from vlm.errors import GateFailed, UserError
@@ -171,23 +172,6 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would split the objective's single-device batch
     return arguments
-
-
-def build_optimizer(config: TrainConfig, student: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; no decay on vectors, the projector may have its own learning rate."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in student.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        lr = config.projector_lr if config.projector_lr and "multi_modal_projector" in name else config.lr
-        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault((lr, decay), []).append(parameter)
-    if not groups:
-        raise UserError("every parameter is frozen; nothing to train")
-    return torch.optim.AdamW(
-        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
-        betas=(0.9, 0.98),
-    )
 
 
 class Reporter(TrainerCallback):
