@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # command -> module with main(argv), meaning
 COMMANDS = {
     "train": ("distill.__main__", "train a student, in one run or in the stages of a recipe"),
+    "irs": ("distill.irs_command", "which teacher layer's attention follows the instruction (--align.iva_layer)"),
     "compare": ("distill.compare", "objectives x seeds at equal steps and at equal time"),
     "teacher": ("distill.__main__", "train the teacher of a preset"),
 }
@@ -28,6 +29,7 @@ commands (each has --help):
 {commands}
 examples:
   python -m distill
+  python -m distill irs --teacher DIR --data train.json --images images/
   python -m distill train --preset digits --objective sft --seed 1 --out runs/sft
   python -m distill train --config recipe.yaml
   python -m distill train --resume --out runs/mine
