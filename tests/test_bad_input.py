@@ -74,6 +74,7 @@ def data_set(root: Path, value: object) -> str:
     return "data.json"
 
 
+TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a 7"}]
 TRAIN = ["--student", "student", "--objective", "sft", "--steps", "1", "--out", "new-run"]
 Case = Callable[[Path], tuple[str, list[str], str]]
 CASES: dict[str, Case] = {
@@ -109,7 +110,7 @@ CASES: dict[str, Case] = {
     "empty data set": lambda r: ("distill", ["train", *TRAIN, "--data", data_set(r, [])], "empty"),
     "data without images": lambda r: (
         "distill",
-        ["train", *TRAIN, "--data", data_set(r, [{"image": "x.png", "conversations": []}])],
+        ["train", *TRAIN, "--data", data_set(r, [{"image": "x.png", "conversations": TURNS}])],
         "x.png",
     ),
     "data with a bad turn": lambda r: (
