@@ -6,6 +6,7 @@ No torch here: a mistyped option should be answered at once.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ OBJECTIVES = {
 }
 
 
+LOGGERS = ("tensorboard", "trackio", "wandb")
 NEW_RUN = Path("runs/NEW")
 
 
@@ -124,9 +126,22 @@ class TrainConfig:
     Attributes:
         preset: a complete built-in set-up; `digits` needs no download and runs on a CPU.
         teacher: LLaVA checkpoint directory or hub id; the preset brings its own.
+        teacher_cache: folder made by `python -m distill cache`, read instead of running the teacher; its weights are not
+            loaded. With tpa the candidates are the stored ones, not drawn from the student as it trains.
+        teacher_device: where a live teacher runs: auto and same are the student's device, cuda:N another GPU, cpu keeps
+            its weights in main memory and moves them layer by layer to the student's GPU.
+        teacher_dtype: type of a live teacher's weights.
+        teacher_load: quantise a live teacher while loading (needs bitsandbytes).
         student: LLaVA checkpoint directory to start from; the preset builds one.
-        data: LLaVA-style JSON file: [{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}].
+        data: JSON or JSON-lines file, parquet file, folder or pattern of shards (parquet, tar, jsonl), saved data set,
+            or hf:ORG/NAME[:SPLIT]; LLaVA, ShareGPT or HF messages.
         images: folder the data's image paths are relative to.
+        format: layout of the records; auto looks at the first of them.
+        on_bad_image: refuse a data set with missing or damaged images, or skip those records (listed in OUT).
+        check_images: open every image before training, or only see that the files exist.
+        eval_data: data set for evaluation, read like data.
+        holdout: records of the data kept out of training for evaluation, chosen by content.
+        group_by_length: put records of similar length into one batch (data sets only).
         objective: one of sft, kd, kd+iva, kd+tpa, align-ti.
         out: run directory, the student is written to OUT/student; the default makes a new dated folder under runs/.
         resume: go on from the last complete checkpoint in OUT, with the options stored there.
@@ -144,13 +159,21 @@ class TrainConfig:
         bf16: train in bfloat16 autocast; weights and optimiser stay float32.
         save_dtype: type the student's weights are stored in; accuracy is measured after rounding to it.
         eval_every: steps between evaluations; 0 only at the end.
-        eval_samples: held-out samples of the preset for task accuracy.
+        eval_samples: held-out samples for task accuracy.
         save_every: steps between checkpoints.
         log_every: steps between log lines.
         samples: how many distinct training samples the preset's stream holds.
         augment: shift, turn and re-ink the preset's training scans.
         seed: the preset's sample stream, data order, initialisation and candidates.
         threads: CPU threads; 0 leaves torch's choice.
+        fsdp: with several processes, shard weights, gradients and optimiser over them (FSDP2) instead of copying (DDP).
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        keep_checkpoints: how many of the newest checkpoints stay.
+        keep_best: held-out figure by which the best student is kept in OUT/best (loss where there is no exact match).
+        final: which student the run ends with: the last one, or the best by keep_best.
+        report_to: comma-separated loggers: tensorboard, trackio, wandb; or none.
+        visual_every: steps between checks that answers depend on the image (visual_gain); 0 never checks.
+        visual_samples: samples a check looks at.
         lrs: peak learning rates by part of the model.
         weights: weights of the loss terms.
         align: settings of the distillation terms.
@@ -158,9 +181,19 @@ class TrainConfig:
 
     preset: Literal["digits", "none"] = "none"
     teacher: str | None = None
+    teacher_cache: Path | None = None
+    teacher_device: str = "auto"
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    teacher_load: Literal["none", "8bit", "4bit"] = "none"
     student: str | None = None
     data: Path | None = None
     images: Path | None = None
+    format: Literal["auto", "llava", "sharegpt", "messages"] = "auto"
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    check_images: Literal["decode", "exists"] = "decode"
+    eval_data: Path | None = None
+    holdout: int = 0
+    group_by_length: bool = True
     objective: str = "align-ti"
     out: Path = NEW_RUN
     resume: bool = False
@@ -184,20 +217,41 @@ class TrainConfig:
     augment: bool = False
     seed: int = 0
     threads: int = 0
+    fsdp: bool = False
+    gradient_checkpointing: bool = False
+    keep_checkpoints: int = 3
+    keep_best: Literal["exact_match", "loss", "none"] = "exact_match"
+    final: Literal["last", "best"] = "last"
+    report_to: str = "tensorboard"
+    visual_every: int = 50
+    visual_samples: int = 32
     lrs: LearningRates = field(default_factory=LearningRates)
     weights: LossWeights = field(default_factory=LossWeights)
     align: Align = field(default_factory=Align)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|same|cpu|cuda(:\d+)?", self.teacher_device):
+            raise UserError(f"teacher_device {self.teacher_device!r} is unknown; choose auto, same, cpu or cuda:N")
+        if self.teacher_cache is not None and (self.teacher_device, self.teacher_load) != ("auto", "none"):
+            raise UserError("teacher_cache loads no teacher; drop teacher_device and teacher_load")
         if self.objective not in OBJECTIVES:
             raise UserError(f"objective {self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_samples", "samples"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "save_every",
+            "eval_samples",
+            "samples",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        for name in ("projector_lr", "weight_decay", "eval_every", "seed", "threads"):
+        for name in ("projector_lr", "weight_decay", "eval_every", "seed", "threads", "visual_every"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.projector_lr and self.lrs.projector and self.projector_lr != self.lrs.projector:
@@ -206,12 +260,34 @@ class TrainConfig:
             raise UserError(f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}")
         if not self.terms:
             raise UserError(f"every term of objective {self.objective!r} has weight 0; nothing would be trained")
-        if self.images is not None and self.data is None:
-            raise UserError(f"images {str(self.images)!r} without data; add --data F")
-        if self.eval_every and self.data is not None and self.preset == "none":
-            raise UserError(f"eval_every {self.eval_every}: --data brings no held-out questions yet; drop eval_every")
+        for name, unset in (("images", None), ("format", "auto"), ("eval_data", None), ("holdout", 0)):
+            if self.data is None and getattr(self, name) != unset:
+                raise UserError(f"{name} {str(getattr(self, name))!r} without data; add --data F")
+        held_out = self.eval_data is not None or self.holdout
+        if self.eval_every and self.data is not None and not held_out:
+            raise UserError(
+                f"eval_every {self.eval_every}: --data has no held-out questions; add --holdout N or --eval_data F"
+            )
         if self.augment and self.data is not None:
             raise UserError("augment applies to the preset's scans only; drop it or --data")
+        if self.visual_samples < 2:
+            raise UserError(
+                f"visual_samples {self.visual_samples}: two samples at least are needed to swap their images"
+            )
+        if self.final == "best" and (self.keep_best == "none" or not self.eval_every):
+            raise UserError("final best needs held-out figures; add --eval_every N and a keep_best other than none")
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise UserError(f"report_to {name!r} is unknown; choose from {', '.join(LOGGERS)}, or none")
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        names = tuple(filter(None, (name.strip() for name in self.report_to.split(","))))
+        return () if names == ("none",) else names
+
+    @property
+    def warmup_steps(self) -> int:
+        return max(1, round(self.warmup * self.steps))
 
     @property
     def terms(self) -> tuple[str, ...]:
