@@ -12,7 +12,10 @@ from distill.cli import AS_JSON, Extra, build_parser, recipes
 GROUPS = (
     ("what runs", r"preset|out|resume|seed|threads|json|device"),
     ("models", r"teacher.*|student.*|vision_tower|llm|projector|freeze.*|lora.*|train_.*"),
-    ("data", r"data.*|images|samples|augment|.*length.*|pack.*|workers|num_workers|stream.*|missing.*|eval_data.*"),
+    (
+        "data",
+        r"data.*|.*images?|format|holdout|samples|augment|.*length.*|pack.*|workers|num_workers|stream.*|missing.*|eval_data.*",
+    ),
     ("objective", r"objective|weights\..*"),
     ("distillation terms (align)", r"align\..*"),
     ("training", r"steps|batch_size|accumulate|.*lr|warmup|weight_decay|max_grad_norm|lr_.*|epochs|optimizer.*"),

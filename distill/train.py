@@ -18,7 +18,7 @@ from torch import nn
 from distill import evaluate, groups, irs, presets, report
 from distill.assemble import build_model, save_checkpoint
 from distill.config import Align, LearningRates, LossWeights, TrainConfig
-from distill.data import Collator, DigitsExamples, Examples, LlavaJson, check_lengths
+from distill.data import Collator, DataOptions, DigitsExamples, Examples, open_split, write_skipped
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
 from distill.teacher import LiveTeacher
@@ -90,6 +90,7 @@ def train(config: TrainConfig) -> TrainResult:
     note(groups.table(groups.parameter_groups(config, run.student), run.student))
     iva_layer, scores = _iva_layer(run)
     _start_run_directory(config, scores)
+    write_skipped(run.data.train, config.out)
     teacher = None if run.teacher is None else LiveTeacher(run.teacher, config.align, iva_layer)
     objective = Objective(config.terms, config.weights, config.align, teacher, run.vocabulary)
     collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
@@ -223,13 +224,17 @@ def _data(config: TrainConfig, student: Checkpoint) -> Data:
         )
     if config.data is None:
         raise UserError("no data to train on; pass --data F --images D or --preset digits")
-    from vlm.files import sha256_file
-
-    examples = LlavaJson(config.data, config.images, student.tokenizer, student.image)
-    check_lengths(examples, int(student.config["text_config"].get("max_position_embeddings", 32768)))
-    return Data(
-        examples, None, None, {"name": config.data.name, "sha256": sha256_file(config.data), "samples": len(examples)}
+    form = None if config.format == "auto" else config.format
+    split = open_split(
+        config.data,
+        config.eval_data,
+        config.holdout,
+        DataOptions(config.images, form, config.on_bad_image, config.check_images == "decode"),
+        student.tokenizer,
+        student.image,
+        int(student.config["text_config"].get("max_position_embeddings", 32768)),
     )
+    return Data(split.train, split.validation, split.test, split.description)
 
 
 def _iva_layer(run: Run) -> tuple[int, irs.LayerScores | None]:
@@ -309,7 +314,7 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def config_from_json(value: dict[str, Any]) -> TrainConfig:
-    paths = {name: Path(value[name]) for name in ("data", "images", "out") if value[name] is not None}
+    paths = {name: Path(value[name]) for name in ("data", "images", "eval_data", "out") if value.get(name) is not None}
     made = {"lrs": LearningRates, "weights": LossWeights, "align": Align}
     nested = {name: make(**value[name]) for name, make in made.items() if name in value}
     return TrainConfig(**{**value, **paths, **nested})

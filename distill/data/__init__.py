@@ -11,6 +11,7 @@ from distill.data.records import (
     write_skipped,
 )
 from distill.data.sampler import LengthGrouped
+from distill.data.split import Split, open_split
 
 __all__ = [
     "Collator",
@@ -21,10 +22,12 @@ __all__ = [
     "LengthGrouped",
     "LlavaJson",
     "Records",
+    "Split",
     "batches",
     "check_lengths",
     "hold_out",
     "open_records",
+    "open_split",
     "to_batch",
     "write_skipped",
 ]
