@@ -16,6 +16,7 @@ class Batch:
 
     Attributes:
         token_weight_BT: weight of each trained token in the response terms; None weighs all alike.
+        key_B4: content keys of the samples (see distill.cache_key), for a teacher read from disk.
     """
 
     input_ids_BT: Tensor
@@ -25,6 +26,7 @@ class Batch:
     response_BT: Tensor
     pixels_NCHW: Tensor | None
     token_weight_BT: Tensor | None = None
+    key_B4: Tensor | None = None
 
     @property
     def position_BT(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.batch import Batch
+from distill.cache_key import keys_tensor
 from vlm import chat, digits, preprocess
 
 SPANS = ("template", "image", "instruction", "response")
@@ -66,10 +67,15 @@ class DigitsExamples(Dataset):  # type: ignore[type-arg]
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples -> a dict of tensors the Trainer can move between devices; see `to_batch`."""
+    """Examples -> a dict of tensors the Trainer can move between devices; see `to_batch`.
+
+    Attributes:
+        keys: add the samples' content keys, which a teacher read from disk is asked by.
+    """
 
     pad_token_id: int
     pad_left: bool = False
+    keys: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         length = max(len(example.ids) for example in examples)
@@ -88,6 +94,7 @@ class Collator:
             "attention_mask": torch.from_numpy(attention_BT),
             "pixel_values": torch.from_numpy(np.stack(arrays)) if arrays else torch.zeros(0),
             **{name: torch.from_numpy(codes_BT == _CODES[name]) for name in SPANS[1:]},
+            **({"keys": keys_tensor(examples)} if self.keys else {}),
         }
 
 
@@ -100,6 +107,7 @@ def to_batch(tensors: dict[str, Tensor]) -> Batch:
         tensors["instruction"],
         tensors["response"],
         pixels if pixels.numel() else None,
+        key_B4=tensors.get("keys"),
     )
 
 

@@ -1,0 +1,211 @@
+"""A teacher read from disk: the same targets as the model beside the student, without its weights.
+
+Shape legend: B = batch, T = tokens, R = rows, N = response positions, J = visual tokens, K = candidates used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distill import ribbon
+from distill.access import Head
+from distill.batch import Batch
+from distill.cache_build import check, seen_as
+from distill.cache_codec import PackedRows, expand
+from distill.cache_key import keys_bytes, sample_key
+from distill.cache_store import Entry, Missing, Reader
+from distill.config import TrainConfig
+from distill.data import Examples
+from distill.teacher import DenseTarget, SparseTarget, Target, TeacherPass
+from vlm.errors import UserError
+from vlm.load import Checkpoint
+
+
+class Entries(Protocol):
+    """Where entries come from: a Reader, or a dictionary in tests and measurements."""
+
+    def get(self, key: bytes) -> Entry: ...
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Entries that are not on disk."""
+
+    entries: Mapping[bytes, Entry]
+
+    def get(self, key: bytes) -> Entry:
+        return self.entries[key]
+
+
+class CachedTeacher:
+    """Stands in for the live teacher; batches must carry keys (Collator(keys=True)).
+
+    Args:
+        head: the teacher's output projection, needed where hidden states are stored.
+        candidates: K, how many of the stored candidates a position are used.
+        examples: the training data, only to say which record a missing sample is.
+    """
+
+    def __init__(
+        self, entries: Entries, head: Head | None = None, candidates: int = 0, examples: Examples | None = None
+    ) -> None:
+        self.entries, self.head, self.candidates, self.examples = entries, head, candidates, examples
+
+    def __call__(self, batch: Batch, iva: bool, tpa: bool) -> TeacherPass:
+        if batch.key_B4 is None:
+            raise ValueError("the batch carries no keys; collate with keys=True")
+        return CachedPass(batch, [self._entry(key) for key in keys_bytes(batch.key_B4)], self.head, self.candidates)
+
+    def _entry(self, key: bytes) -> Entry:
+        try:
+            return self.entries.get(key)
+        except Missing as error:
+            raise Missing(f"{error} ({self._record(key)}); run `python -m distill cache` with the same data") from None
+
+    def _record(self, key: bytes) -> str:
+        count = len(self.examples) if self.examples is not None else 0
+        found = next((i for i in range(count) if self.examples and sample_key(self.examples[i]) == key), None)
+        return "not in the training data: held-out samples are cached too" if found is None else f"record {found}"
+
+
+class CachedPass:
+    """The stored targets of one batch."""
+
+    def __init__(self, batch: Batch, entries: list[Entry], head: Head | None, candidates: int) -> None:
+        self.batch, self.entries, self.used = batch, entries, candidates
+        self.device = batch.input_ids_BT.device
+        self.head = head
+
+    def weights(self) -> Tensor:
+        weight_BT = torch.zeros(self.batch.image_BT.shape)
+        image_BT = self.batch.image_BT.cpu()
+        for b, entry in enumerate(self.entries):
+            if image_BT[b].any():
+                kept_J = entry.weight_J * entry.kept_J
+                # all of them stored: the very weights of the live teacher
+                whole = bool((entry.kept_J | (entry.weight_J == 0)).all())
+                weight_BT[b, image_BT[b]] = entry.weight_J if whole else kept_J / kept_J.sum()
+        return weight_BT.to(self.device)
+
+    def rows(self, sample_R: Tensor, token_R: Tensor) -> Target:
+        place_BT, _ = self._places
+        at_R = place_BT[sample_R.cpu(), token_R.cpu()]
+        if (at_R < 0).any():
+            first = int((at_R < 0).nonzero()[0])
+            raise UserError(
+                f"the cache holds no distribution at token {int(token_R[first])} of a sample; it was made without "
+                "visual rows: make one with --visual_share above 0, or train without iva"
+            )
+        return self._take(at_R)
+
+    def fixed_candidates(self) -> ribbon.Candidates:
+        """The first K stored candidates of every response position, each with weight 1 / K."""
+        sample_N, place_N = self.batch.response_places()
+        gold_N = self.batch.input_ids_BT[sample_N, place_N]
+        ids_NK = torch.cat([entry.candidate_NC[:, : self.used] for entry in self.entries]).to(self.device)
+        even_NK = torch.full_like(ids_NK, 1 / self.used, dtype=torch.float32)
+        return ribbon.arrange(ids_NK, even_NK, sample_N, place_N, gold_N, len(self.batch.input_ids_BT), drop_gold=False)
+
+    def candidates(self, candidates: ribbon.Candidates) -> Target:
+        _, first_B = self._places
+        at = []
+        for entry, first in zip(self.entries, first_B, strict=True):
+            stored = entry.candidate_NC.shape[1]
+            slot = torch.arange(len(entry.candidate_NC))[:, None] * stored + torch.arange(self.used)
+            at.append(first + slot.flatten())
+        return self._take(torch.cat(at))
+
+    @functools.cached_property
+    def _places(self) -> tuple[Tensor, list[int]]:
+        """Row of every token (place_BT, -1 where none is stored), and of each sample's first candidate."""
+        batch = self.batch
+        place_BT = torch.full(batch.image_BT.shape, -1, dtype=torch.long)
+        image_BT, response_BT = batch.image_BT.cpu(), batch.response_BT.cpu()
+        first_candidate = []
+        done = 0
+        for b, entry in enumerate(self.entries):
+            visual_J = image_BT[b].nonzero().squeeze(1)
+            stored_J = visual_J[entry.kept_J] if len(entry.kept_J) else visual_J[:0]
+            predicting_N = response_BT[b, 1:].nonzero().squeeze(1)
+            places = torch.cat([predicting_N, stored_J])
+            place_BT[b, places] = torch.arange(done, done + len(places))
+            first_candidate.append(done + len(places))
+            done += len(places) + entry.candidate_NC.numel()
+        return place_BT, first_candidate
+
+    @functools.cached_property
+    def _sparse(self) -> SparseTarget:
+        return expand(PackedRows.join([entry.rows for entry in self.entries if isinstance(entry.rows, PackedRows)]))
+
+    @functools.cached_property
+    def _hidden(self) -> Tensor:
+        return torch.cat([entry.rows for entry in self.entries if isinstance(entry.rows, Tensor)])
+
+    def _take(self, at_R: Tensor) -> Target:
+        if self.head is not None:
+            return DenseTarget(self._hidden[at_R].to(self.device), self.head)
+        sparse = self._sparse
+        probs_RK = sparse.probs_RK[at_R]
+        used = max(int((probs_RK > 0).sum(dim=1).max()), 1) if len(at_R) else 1  # stored tokens come first in a row
+        return SparseTarget(
+            sparse.ids_RK[at_R, :used].to(self.device),
+            probs_RK[:, :used].to(self.device),
+            sparse.negentropy_R[at_R].to(self.device),
+        )
+
+
+def open_teacher(
+    config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None, vocabulary: int, device: Any
+) -> tuple[CachedTeacher, dict[str, Any]]:
+    """The cached teacher of a run, and the facts of its cache.
+
+    Args:
+        teacher: only its hash is compared, where the run names one.
+
+    Raises:
+        UserError: the cache is damaged, was made with something else (all of it is named), or lacks what the
+            objective asks for.
+    """
+    assert config.teacher_cache is not None
+    reader = Reader(config.teacher_cache)
+    stored = reader.info["fingerprint"]
+    now: dict[str, Any] = seen_as(student)
+    if teacher is not None:
+        now["teacher"] = teacher.weights_sha256()
+    if stored["temperature"] != "any":
+        now |= {"temperature": config.align.temperature, "vocabulary": vocabulary}
+    if "iva" in config.terms and config.align.iva_layer >= 0 and stored["layer"] != "none":
+        now["layer"] = config.align.iva_layer
+    check(config.teacher_cache, stored, now)
+    _refuse_what_is_not_stored(config, stored)
+    head = None
+    if stored["options"]["all_logits"]:
+        head = Head(reader.head().to(device), reader.info["soft_cap"])
+    return CachedTeacher(reader, head, config.align.candidates), reader.info
+
+
+def _refuse_what_is_not_stored(config: TrainConfig, stored: dict[str, Any]) -> None:
+    options, cache = stored["options"], config.teacher_cache
+    if config.align.direction != "forward" and not options["all_logits"]:
+        raise UserError(
+            f"align.direction {config.align.direction} needs all logits and {cache} is compressed; make the cache with "
+            "--all_logits, or use forward"
+        )
+    if "iva" in config.terms and not options["visual_share"]:
+        raise UserError(f"objective {config.objective!r} needs visual rows; make {cache} with --visual_share 1")
+    if "tpa" not in config.terms:
+        return
+    if options["candidates"] < config.align.candidates:
+        raise UserError(
+            f"objective {config.objective!r} draws candidates from the student as it trains, which a cache cannot "
+            f"follow; make {cache} with --candidates {config.align.candidates} (drawn once, from the teacher), use a "
+            "live teacher, or --objective kd+iva"
+        )
+    if config.align.tpa_share != 1 or config.align.tpa_entropy != 0:
+        raise UserError("align.tpa_share and align.tpa_entropy need candidates of the student; drop them with a cache")
