@@ -6,16 +6,17 @@ Shape legend: H = height, W = width, T = visual tokens of one image, D = decoder
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from vlm.errors import UserError
+from vlm.errors import ToolError, UserError
 
-Stage = Literal["queue", "image_decode", "preprocess", "vision_encode", "prefill", "decode", "detokenize"]
+# `remote` is all that happens behind somebody else's server: it is not one of the stages and never split by guessing
+Stage = Literal["queue", "image_decode", "preprocess", "vision_encode", "prefill", "decode", "detokenize", "remote"]
 STAGES: tuple[Stage, ...] = (
     "queue",
     "image_decode",
@@ -27,6 +28,8 @@ STAGES: tuple[Stage, ...] = (
 )
 Finish = Literal["stop", "length", "cancelled", "deadline"]
 Role = Literal["system", "user", "assistant"]
+# what a request may take from earlier ones: nothing, image embeddings, or also the keys and values of a shared beginning
+Reuse = Literal["none", "images", "all"]
 Logits: TypeAlias = npt.NDArray[np.float32]
 
 
@@ -40,6 +43,12 @@ class EngineClosed(UserError):
     """The engine was closed before or while the request ran."""
 
     code = "engine_closed"
+
+
+class ModelFailed(ToolError):
+    """The model behind this request failed; the next request may well succeed."""
+
+    code = "model_failed"
 
 
 class ContextOverflow(UserError):
@@ -68,7 +77,10 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A decoded image: rgb uint8 [H, W, 3] and a hash of its content (the key under which embeddings may be cached)."""
+    """A decoded image: rgb uint8 [H, W, 3] and a hash of its content (the key under which embeddings may be cached).
+
+    `rgb` is empty [0, 0, 3] where the engine already holds what it needs of an image with this content.
+    """
 
     rgb: npt.NDArray[np.uint8] = field(repr=False)
     digest: str
@@ -90,11 +102,16 @@ class Sampling:
     """How tokens are chosen and when to stop.
 
     Attributes:
-        temperature: 0 is greedy; top_p, top_k and seed then play no part.
+        temperature: 0 is greedy; top_p, top_k, min_p and seed then play no part.
         top_k: 0 keeps all tokens.
+        min_p: drop tokens less likely than this share of the likeliest one; 0 keeps all.
+        repetition_penalty: divides the logits of tokens that already occurred, prompt included (CTRL, Keskar et al.
+            2019, section 4.1); 1 is off.
         seed: None draws a fresh one per request.
         stop: the answer ends before the first of these strings.
         ignore_eos: go on to exactly `max_new_tokens` (speed runs).
+        grammar: the answer must match this GBNF grammar; only where the backend can constrain answers.
+        json_schema: the answer must be JSON of this schema (given as JSON text); same restriction.
 
     Raises:
         UserError: a value is out of range.
@@ -104,15 +121,22 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    grammar: str = ""
+    json_schema: str = ""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
         _require(0 <= self.temperature <= 100, "temperature", self.temperature, "0 (greedy) to 100")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")
+        _require(0 < self.repetition_penalty <= 10, "repetition_penalty", self.repetition_penalty, "above 0, up to 10")
+        _require(not (self.grammar and self.json_schema), "json_schema", "set together with grammar", "only one")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
         _require(all(self.stop), "stop", self.stop, "strings that are not empty")
 
@@ -133,6 +157,7 @@ class Span:
     Attributes:
         tokens: tokens the stage worked on (prompt tokens for prefill, 1 per decode step, else 0).
         cached: the stage was answered from a cache.
+        cached_tokens: prefill only: prompt tokens taken over from an earlier request.
     """
 
     stage: Stage
@@ -140,11 +165,12 @@ class Span:
     end_ns: int
     tokens: int = 0
     cached: bool = False
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token, the end-of-sequence token included.
+    """One generated token, the end-of-sequence token included. From a remote server: one piece of text, id -1.
 
     Attributes:
         text: what became visible with it; "" inside a multi-byte character, a possible stop string, or at the end.
@@ -158,12 +184,18 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. `prompt_tokens` includes `image_tokens`; `cached_tokens` of them were not computed again."""
+    """Token counts; None where a remote server does not say.
 
-    prompt_tokens: int
-    image_tokens: int
-    cached_tokens: int
-    completion_tokens: int
+    Attributes:
+        prompt_tokens: includes `image_tokens`; `cached_tokens` of them were not computed again.
+        cached_images: images whose embedding was not computed again.
+    """
+
+    prompt_tokens: int | None
+    image_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+    cached_images: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +206,7 @@ class Done:
         text: the whole answer: the texts of all Token events, plus what was still held back at the end.
         received_ns: when the request reached the engine; the first span starts here.
         spans: every span in time order, one decode and one detokenize span per token.
+        reported: what a remote server said about its own timings, untouched.
     """
 
     finish: Finish
@@ -181,6 +214,7 @@ class Done:
     usage: Usage
     received_ns: int
     spans: tuple[Span, ...] = field(repr=False)
+    reported: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +239,7 @@ class ModelInfo:
         decoder_weight_bytes: read once per token, the output head included. lm_head_bytes: the head alone.
         kv_bytes_per_token: read per token of context.
         verified: every gate held at export; None for a checkpoint, which is the reference itself.
+        preprocess_sha256: of the image settings: part of the key under which embeddings are kept.
     """
 
     name: str
@@ -222,14 +257,21 @@ class ModelInfo:
     lm_head_bytes: int | None = None
     kv_bytes_per_token: int | None = None
     verified: bool | None = None
+    preprocess_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """One image as the vision tower of a backend takes it; `pixels` is the backend's own business."""
+    """One image as the vision tower of a backend takes it.
+
+    Attributes:
+        pixels: the backend's own business; None where the embedding is at hand.
+        start: index of its first visual token in the prompt.
+    """
 
     digest: str
     pixels: Any = field(repr=False)
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,32 +282,29 @@ class Prompt:
     images: tuple[PreparedImage, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """Logits [V] after the last prompt token, and how many prompt tokens were computed (the rest came from a cache)."""
-
-    logits: Logits
-    computed_tokens: int
-
-
 class Backend(Protocol):
-    """The steps every model format offers; `runtime.engine` is the only loop over them.
+    """The steps every model format offers; `runtime.run` is the only loop over them.
 
-    One request at a time, from one thread. `prefill` forgets the request before it.
+    One request at a time, from one thread. The context (keys and values of all tokens so far) outlives a request, so
+    that the next one may go on from a beginning they share; who may share what is decided by the engine alone.
     """
 
     info: ModelInfo
 
-    def prepare(self, messages: Sequence[Message]) -> Prompt:
-        """Template, tokenise, resize. Every image part is an `Image` by now."""
+    def prepare(self, messages: Sequence[Message], at_hand: Container[str] = frozenset()) -> Prompt:
+        """Template, tokenise, resize. Every image part is an `Image` by now; no pixels for digests `at_hand`."""
         ...
 
     def encode(self, images: Sequence[PreparedImage]) -> list[Any]:
-        """Vision tower and projector: one embeds_TD per image, in whatever form `prefill` takes."""
+        """Vision tower and projector: one embeds_TD per image, in whatever form `prefill` takes; it has `nbytes`."""
         ...
 
-    def prefill(self, prompt: Prompt, embeds: Sequence[Any]) -> Prefilled:
-        """Run the decoder over the prompt from an empty context."""
+    def prefill(self, prompt: Prompt, embeds: Sequence[Any], start: int = 0, stop: int | None = None) -> Logits:
+        """Forget the context from token `start` on, then take in the prompt's tokens start..stop; logits_V after them.
+
+        Args:
+            embeds: one per image of the prompt; None for an image that lies before `start`.
+        """
         ...
 
     def step(self, token_id: int) -> Logits:
@@ -283,3 +322,52 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the model; the backend is not used again."""
         ...
+
+
+class Constraint(Protocol):
+    """Follows one answer and knows which tokens may come next."""
+
+    def mask(self, logits_V: Logits) -> Logits:
+        """A copy with -inf for every token that would break the rule."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """This token was chosen."""
+        ...
+
+
+@runtime_checkable
+class Constrains(Protocol):
+    """A backend that can hold answers to a grammar."""
+
+    def constrain(self, sampling: Sampling) -> Constraint:
+        """Constraint for `sampling.grammar` or `sampling.json_schema`.
+
+        Raises:
+            UserError: the grammar or schema is not valid.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What a remote server says at the end of its stream; None where it says nothing."""
+
+    finish: Finish
+    usage: Usage
+    timings: Mapping[str, Any]
+
+
+@runtime_checkable
+class StreamBackend(Protocol):
+    """A model behind somebody else's loop: text pieces come out, stages cannot be seen and are never guessed."""
+
+    info: ModelInfo
+
+    def stream(
+        self, messages: Sequence[Message], sampling: Sampling, reuse: Reuse, stopped: Callable[[], bool]
+    ) -> Generator[str | Reported, None, None]:
+        """Pieces of text as they arrive, at the end one Reported; ends early, without one, once `stopped()` is true."""
+        ...
+
+    def close(self) -> None: ...

@@ -21,6 +21,10 @@ def ask(arguments: argparse.Namespace, options: LoadOptions) -> int:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        json_schema=arguments.json_schema,
+        grammar=arguments.grammar,
         seed=arguments.seed,
         stop=tuple(arguments.stop),
     )

@@ -9,7 +9,7 @@ Shape legend: S = image side, T = visual tokens, D = hidden, V = vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
-from runtime.api import Logits, Message, ModelInfo, Prefilled, PreparedImage, Prompt
+from runtime.api import Constraint, Logits, Message, ModelInfo, PreparedImage, Prompt, Sampling
 from runtime.options import LoadOptions
-from runtime.source import Source, need_package, open_artifact
+from runtime.source import Source, need_package, open_artifact, visible
 from vlm import preprocess
 from vlm.errors import ArtifactError, MissingPiece
 from vlm.manifest import Manifest
@@ -42,6 +42,7 @@ class GgufBackend:
         self._model: Any = None
         self._context: Any = None
         self._vision: Any = None
+        self._batch: Any = None
         self._width = 0
         self.info = _with_float32_cache(source.info("gguf", options), source.model)
         _silence(llama_cpp, mtmd_cpp)
@@ -78,6 +79,7 @@ class GgufBackend:
                 "run `pip install --force-reinstall 'align-edge[gguf]'`"
             )
         self._width = llama.llama_model_n_embd(self._model)
+        self._batch = llama.llama_batch_init(BATCH, self._width, 1)
         mmproj = self._source.path_of("mmproj")
         vision_params = self._mtmd.mtmd_context_params_default()
         vision_params.use_gpu = options.device == "cuda"
@@ -88,8 +90,8 @@ class GgufBackend:
         if not self._vision:
             raise ArtifactError(f"{mmproj} cannot be loaded by llama.cpp; export again")
 
-    def prepare(self, messages: Sequence[Message]) -> Prompt:
-        return self._source.prompt(messages, self._chunk)
+    def prepare(self, messages: Sequence[Message], at_hand: Container[str] = frozenset()) -> Prompt:
+        return self._source.prompt(messages, self._chunk, at_hand)
 
     def _chunk(self, image: Pillow.Image, spec: ImageSpec) -> _ImageChunk:
         # handed over at S x S, so that llama.cpp's own resizing and padding never come into play
@@ -105,16 +107,20 @@ class GgufBackend:
             features.append(np.ctypeslib.as_array(output, (tokens, self._width)).copy())
         return features
 
-    def prefill(self, prompt: Prompt, embeds: Sequence[Any]) -> Prefilled:
+    def prefill(self, prompt: Prompt, embeds: Sequence[Any], start: int = 0, stop: int | None = None) -> Logits:
         llama = self._llama
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-        starts, tokens, done = self._source.image_positions(prompt.ids), self._source.image.tokens, 0
-        for start, image, embeds_TD in zip(starts, prompt.images, embeds, strict=True):
-            self._decode(prompt.ids[done:start])
-            self._decode_image(image.pixels, embeds_TD, start)
-            done = start + tokens
-        self._decode(prompt.ids[done:])
-        return Prefilled(self._logits(), len(prompt.ids))
+        memory = llama.llama_get_memory(self._context)
+        if start == 0:
+            llama.llama_memory_clear(memory, True)
+        elif not llama.llama_memory_seq_rm(memory, 0, start, -1):
+            raise RuntimeError(f"llama.cpp could not forget the context from token {start} on")
+        ids, done = prompt.ids[start:stop], 0
+        for place, rows in visible(prompt, self.info.tokens_per_image, start, stop):
+            self._decode(ids[done : place.start])
+            self._decode_embeds(embeds[rows.image][rows.rows], start + place.start)
+            done = place.stop
+        self._decode(ids[done:])
+        return self._logits()
 
     def step(self, token_id: int) -> Logits:
         self._decode((token_id,))
@@ -124,25 +130,25 @@ class GgufBackend:
         for start in range(0, len(ids), BATCH):
             piece = ids[start : start + BATCH]
             array = (self._llama.llama_token * len(piece))(*piece)
-            if status := self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(array, len(piece))):
-                raise RuntimeError(f"llama_decode failed with status {status}")
+            self._run(self._llama.llama_batch_get_one(array, len(piece)))
 
-    def _decode_image(self, chunk: _ImageChunk, embeds_TD: Any, position: int) -> None:
-        after = self._llama.llama_pos()
-        status = self._mtmd.mtmd_helper_decode_image_chunk(
-            self._vision,
-            self._context,
-            chunk.pointer,
-            embeds_TD.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-            self._llama.llama_pos(position),
-            self._llama.llama_seq_id(0),
-            BATCH,
-            ctypes.byref(after),
-            self._mtmd.mtmd_helper_post_decode_callback(),
-            None,
-        )
-        if status or after.value != position + self._source.image.tokens:
-            raise RuntimeError(f"llama.cpp could not take in the image (status {status}, position {after.value})")
+    def _decode_embeds(self, embeds_TD: Any, position: int) -> None:
+        """Visual tokens stand in the context like text: one position each, causal (plain LLaVA)."""
+        for start in range(0, len(embeds_TD), BATCH):
+            piece_TD = np.ascontiguousarray(embeds_TD[start : start + BATCH], np.float32)
+            batch, n = self._batch, len(piece_TD)
+            ctypes.memmove(batch.embd, piece_TD.ctypes.data, piece_TD.nbytes)
+            for i in range(n):
+                batch.pos[i] = position + start + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = i == n - 1
+            batch.n_tokens = n
+            self._run(batch)
+
+    def _run(self, batch: Any) -> None:
+        if status := self._llama.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode failed with status {status}")
 
     def _logits(self) -> Logits:
         pointer = self._llama.llama_get_logits_ith(self._context, -1)
@@ -155,14 +161,21 @@ class GgufBackend:
         """Wait for queued work of llama.cpp's backend."""
         self._llama.llama_synchronize(self._context)
 
+    def constrain(self, sampling: Sampling) -> Constraint:
+        from runtime.grammar import LlamaGrammar
+
+        return LlamaGrammar(self._llama, self._llama.llama_model_get_vocab(self._model), self.info, sampling)
+
     def close(self) -> None:
+        if self._batch:
+            self._llama.llama_batch_free(self._batch)
         if self._vision:
             self._mtmd.mtmd_free(self._vision)
         if self._context:
             self._llama.llama_free(self._context)
         if self._model:
             self._llama.llama_model_free(self._model)
-        self._vision = self._context = self._model = None
+        self._batch = self._vision = self._context = self._model = None
 
 
 class _ImageChunk:

@@ -6,16 +6,16 @@ K = key-value heads, E = head width, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.api import Logits, Message, Prefilled, PreparedImage, Prompt
+from runtime.api import Logits, Message, PreparedImage, Prompt
 from runtime.options import LoadOptions
-from runtime.source import Source, need_package, open_artifact
+from runtime.source import Source, need_package, open_artifact, visible
 from vlm import preprocess
 from vlm.errors import ArtifactError, MissingPiece
 from vlm.manifest import Manifest
@@ -59,21 +59,25 @@ class OnnxBackend:
             raise ArtifactError(f"{path} has no input {missing[0]!r}; export again with this version")
         return session
 
-    def prepare(self, messages: Sequence[Message]) -> Prompt:
-        return self._source.prompt(messages, preprocess.pixels)
+    def prepare(self, messages: Sequence[Message], at_hand: Container[str] = frozenset()) -> Prompt:
+        return self._source.prompt(messages, preprocess.pixels, at_hand)
 
     def encode(self, images: Sequence[PreparedImage]) -> list[Any]:
         pixels_NCSS = np.stack([image.pixels for image in images])
         (features_NTD,) = self._vision.run(None, {"pixel_values": pixels_NCSS})
-        return list(features_NTD)
+        return [embeds_TD.copy() for embeds_TD in features_NTD]  # each may be kept without the others
 
-    def prefill(self, prompt: Prompt, embeds: Sequence[Any]) -> Prefilled:
-        embeds_1LD = self._embedded(prompt.ids)
-        for start, embeds_TD in zip(self._source.image_positions(prompt.ids), embeds, strict=True):
-            embeds_1LD[0, start : start + len(embeds_TD)] = embeds_TD
-        self._length = 0
-        self._cache = {name: self._value(self._empty_past(name)) for name in self._past}
-        return Prefilled(self._run(embeds_1LD), len(prompt.ids))
+    def prefill(self, prompt: Prompt, embeds: Sequence[Any], start: int = 0, stop: int | None = None) -> Logits:
+        embeds_1LD = self._embedded(prompt.ids[start:stop])
+        for place, rows in visible(prompt, self.info.tokens_per_image, start, stop):
+            embeds_1LD[0, place] = embeds[rows.image][rows.rows]
+        if start == 0:
+            self._cache = {name: self._value(self._empty_past(name)) for name in self._past}
+        elif start < self._length:
+            # through the host: ONNX Runtime has no view on a part of a value
+            self._cache = {name: self._value(value.numpy()[:, :, :start]) for name, value in self._cache.items()}
+        self._length = start
+        return self._run(embeds_1LD)
 
     def step(self, token_id: int) -> Logits:
         return self._run(self._embedded([token_id]))
@@ -117,7 +121,7 @@ class OnnxBackend:
         return np.zeros((1, heads, 0, width), DTYPES[node.type])
 
     def _value(self, array: npt.NDArray[Any]) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device)
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._source.tokenizer.decode(ids)

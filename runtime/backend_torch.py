@@ -5,15 +5,15 @@ Shape legend: N = images, C = 3, S = image side, T = visual tokens, L = prompt l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.api import Logits, Message, Prefilled, PreparedImage, Prompt
+from runtime.api import Logits, Message, PreparedImage, Prompt
 from runtime.options import LoadOptions
-from runtime.source import Source, need_package
+from runtime.source import Source, need_package, visible
 from vlm import preprocess
 from vlm.errors import CheckpointError, MissingPiece
 from vlm.load import Checkpoint, load_model, open_checkpoint
@@ -35,25 +35,28 @@ class TorchBackend:
         self._cache: Any = None
         self.info = source.info("torch", options)
 
-    def prepare(self, messages: Sequence[Message]) -> Prompt:
-        return self._source.prompt(messages, preprocess.pixels)
+    def prepare(self, messages: Sequence[Message], at_hand: Container[str] = frozenset()) -> Prompt:
+        return self._source.prompt(messages, preprocess.pixels, at_hand)
 
     def encode(self, images: Sequence[PreparedImage]) -> list[Any]:
         with self._torch.inference_mode():
             pixels_NCSS = self._torch.from_numpy(np.stack([image.pixels for image in images]))
             features = self._model.get_image_features(pixel_values=pixels_NCSS.to(self._device)).pooler_output
-        return list(features)
+        return [embeds_TD.clone() for embeds_TD in features]  # each may be kept without the others
 
-    def prefill(self, prompt: Prompt, embeds: Sequence[Any]) -> Prefilled:
+    def prefill(self, prompt: Prompt, embeds: Sequence[Any], start: int = 0, stop: int | None = None) -> Logits:
         from transformers import DynamicCache
 
         with self._torch.inference_mode():
-            ids_1L = self._torch.tensor([prompt.ids], device=self._device)
+            ids_1L = self._torch.tensor([prompt.ids[start:stop]], device=self._device)
             embeds_1LD = self._model.get_input_embeddings()(ids_1L)
-            for start, embeds_TD in zip(self._source.image_positions(prompt.ids), embeds, strict=True):
-                embeds_1LD[0, start : start + len(embeds_TD)] = embeds_TD
-            self._cache = DynamicCache(config=self._model.config.get_text_config())
-            return Prefilled(self._run(embeds_1LD), len(prompt.ids))
+            for place, rows in visible(prompt, self.info.tokens_per_image, start, stop):
+                embeds_1LD[0, place] = embeds[rows.image][rows.rows]
+            if start == 0:
+                self._cache = DynamicCache(config=self._model.config.get_text_config())
+            elif (extra := self._cache.get_seq_length() - start) > 0:
+                self._cache.crop(-extra)
+            return self._run(embeds_1LD)
 
     def step(self, token_id: int) -> Logits:
         with self._torch.inference_mode():

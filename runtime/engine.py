@@ -1,6 +1,6 @@
-"""The one generation loop over every backend: queue, timing, sampling, stopping, detokenising, cancelling.
+"""A loaded model: a bounded line of requests and one worker thread that runs them in order (see `runtime.run`).
 
-One worker thread per model takes requests in order; everything that belongs to a request lives in its `_Run`.
+Everything that belongs to a request lives in its run; what requests share are caches keyed by content.
 """
 
 from __future__ import annotations
@@ -9,54 +9,74 @@ import atexit
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from runtime.api import (
     Backend,
-    ContextOverflow,
     Done,
-    EncodedImage,
     EngineClosed,
     Event,
     Failed,
-    Finish,
+    Image,
     Message,
     ModelInfo,
     QueueFull,
+    Reuse,
     Sampling,
-    Span,
-    Stage,
+    StreamBackend,
     Token,
-    Usage,
 )
+from runtime.cache import CacheStats, Context, ImageCache
 from runtime.clock import Clock, SystemClock
-from runtime.images import decode_image
-from runtime.sampling import Sampler
-from runtime.text import Detokenizer, StopStrings
+from runtime.images import from_rgb, question
+from runtime.run import Job, Listener, RemoteRun, Shared, StepRun
 
-Listener: TypeAlias = "Callable[[Event | Failed], None]"
+__all__ = ["Engine", "EngineStats", "EventStream", "Listener", "Warmup"]
+
+WARMUP_SIDE = 224
 
 
-@dataclass(frozen=True)
-class _Job:
-    messages: tuple[Message, ...]
-    sampling: Sampling
-    listener: Listener
-    cancel: threading.Event
-    received_ns: int
-    deadline_ns: int | None
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot; the counters run since loading."""
+
+    waiting: int
+    running: bool
+    requests: int
+    images: CacheStats
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """Time to the first token of the first request after loading, and of the last warm-up request."""
+
+    cold_ttft_ms: float
+    warm_ttft_ms: float
 
 
 class Engine:
     """A loaded model. Thread-safe: any thread may submit, requests run one after the other."""
 
-    def __init__(self, backend: Backend, clock: Clock | None = None, queue_size: int = 8) -> None:
+    def __init__(
+        self,
+        backend: Backend | StreamBackend,
+        clock: Clock | None = None,
+        queue_size: int = 8,
+        image_cache_bytes: int = 256 << 20,
+        prefill_chunk: int = 512,
+        sync: bool = False,
+    ) -> None:
         self.clock: Clock = clock or SystemClock()
         self._backend = backend
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(queue_size)
+        self._jobs: queue.Queue[Job | None] = queue.Queue(queue_size)
         self._closing = threading.Event()
+        images = ImageCache(image_cache_bytes, backend.info.preprocess_sha256)
+        self._shared = Shared(self.clock, images, Context(), self._closing, prefill_chunk, sync)
+        self._running = False
+        self._requests = 0
         self._lock = threading.Lock()
         self._worker = threading.Thread(target=self._serve, name=f"engine-{backend.info.name}", daemon=True)
         self._worker.start()
@@ -72,6 +92,11 @@ class Engine:
         """Requests in the queue, the running one not counted."""
         return self._jobs.qsize()
 
+    @property
+    def stats(self) -> EngineStats:
+        """Readable from any thread; the numbers may be a request apart."""
+        return EngineStats(self.waiting, self._running, self._requests, self._shared.images.stats)
+
     def submit(
         self,
         messages: Sequence[Message],
@@ -80,21 +105,26 @@ class Engine:
         listener: Listener,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
+        reuse: Reuse = "all",
     ) -> None:
         """Queue a request; `listener` gets its events on the worker thread, the last is Done or Failed.
+
+        Args:
+            reuse: what this request may take from the caches and leave in them; "none" computes everything.
 
         Raises:
             QueueFull: too many requests wait. EngineClosed: after `close`.
         """
         received_ns = self.clock.now_ns()
         deadline_ns = None if deadline_s is None else received_ns + int(deadline_s * 1e9)
-        job = _Job(
+        job = Job(
             tuple(messages),
             sampling or Sampling(),
             listener,
             cancel or threading.Event(),
             received_ns,
             deadline_ns,
+            reuse,
         )
         with self._lock:  # so that no job slips in behind the end mark of `close`
             if self._closing.is_set():
@@ -111,6 +141,7 @@ class Engine:
         *,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
+        reuse: Reuse = "all",
     ) -> EventStream:
         """Queue a request now and return its events; the last is Done.
 
@@ -125,7 +156,7 @@ class Engine:
         """
         events: queue.SimpleQueue[Event | Failed] = queue.SimpleQueue()
         cancel = cancel or threading.Event()
-        self.submit(messages, sampling, listener=events.put, cancel=cancel, deadline_s=deadline_s)
+        self.submit(messages, sampling, listener=events.put, cancel=cancel, deadline_s=deadline_s, reuse=reuse)
         return EventStream(events, cancel)
 
     def complete(
@@ -135,6 +166,7 @@ class Engine:
         *,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
+        reuse: Reuse = "all",
     ) -> list[Event]:
         """Run a request to its end and return all its events: for scores and speed runs.
 
@@ -152,11 +184,30 @@ class Engine:
             if isinstance(event, Done | Failed):
                 ended.set()
 
-        self.submit(messages, sampling, listener=listen, cancel=cancel, deadline_s=deadline_s)
+        self.submit(messages, sampling, listener=listen, cancel=cancel, deadline_s=deadline_s, reuse=reuse)
         ended.wait()
         if isinstance(events[-1], Failed):
             raise events[-1].error
         return [event for event in events if not isinstance(event, Failed)]
+
+    def warmup(self, requests: int = 2, seed: int = 0) -> Warmup:
+        """Answer questions about noise, so that the first person does not wait for lazy set-up; the image path runs too.
+
+        Raises:
+            What `generate` raises.
+        """
+        rng = np.random.default_rng(seed)
+        ttfts = []
+        for _ in range(max(requests, 1)):
+            image: Image = from_rgb(rng.integers(0, 256, (WARMUP_SIDE, WARMUP_SIDE, 3), np.uint8))
+            sampling = Sampling(max_new_tokens=4, ignore_eos=True)
+            events = self.complete([question("What is this?", image)], sampling, reuse="none")
+            done = events[-1]
+            first_ns = next((event.t_ns for event in events if isinstance(event, Token)), None)
+            if first_ns is None or not isinstance(done, Done):
+                raise RuntimeError("the model gave no token")
+            ttfts.append((first_ns - done.received_ns) / 1e6)
+        return Warmup(ttfts[0], ttfts[-1])
 
     def close(self) -> None:
         """End the running request, fail the waiting ones with EngineClosed, free the model. Safe to call twice."""
@@ -178,10 +229,17 @@ class Engine:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
+            self._running = True
+            run = (
+                RemoteRun(job, self._shared, backend=self._backend)
+                if isinstance(self._backend, StreamBackend)
+                else StepRun(job, self._shared, backend=self._backend)
+            )
             try:
-                last: Event | Failed = _Run(self._backend, self.clock, job, self._closing).run()
+                last: Event | Failed = run.run()
             except Exception as error:  # whatever a backend raises belongs to this request, not to the worker
                 last = Failed(error)
+            self._running, self._requests = False, self._requests + 1
             try:
                 job.listener(last)
             except Exception:  # nor does a listener's fault stop the requests behind it
@@ -220,111 +278,3 @@ class EventStream(Iterator[Event]):
 
     def __del__(self) -> None:
         self.close()
-
-
-class _Stopped(Exception):
-    def __init__(self, finish: Finish) -> None:
-        self.finish: Finish = finish
-
-
-@dataclass
-class _Run:
-    """State of one request. `_lap` closes the current span at "now", so that spans tile the request exactly."""
-
-    backend: Backend
-    clock: Clock
-    job: _Job
-    closing: threading.Event
-    spans: list[Span] = field(default_factory=list)
-    text: str = ""
-    usage: Usage = field(default_factory=lambda: Usage(0, 0, 0, 0))
-
-    def run(self) -> Done:
-        self._lap("queue", announce=True)
-        finish: Finish
-        try:
-            finish = self._answer()
-        except _Stopped as stopped:
-            finish = stopped.finish
-        return Done(finish, self.text, self.usage, self.job.received_ns, tuple(self.spans))
-
-    def _answer(self) -> Finish:
-        self._check()
-        messages = self._decode_images()
-        self._check()
-        prompt = self.backend.prepare(messages)
-        limit = self._limit(len(prompt.ids))
-        image_tokens = self.backend.info.tokens_per_image * len(prompt.images)
-        self.usage = Usage(len(prompt.ids), image_tokens, 0, 0)
-        self._lap("preprocess", announce=True)
-        embeds: list[Any] = []
-        if prompt.images:
-            self._check()
-            embeds = self.backend.encode(prompt.images)
-            self.backend.sync()
-            self._lap("vision_encode", tokens=image_tokens, announce=True)
-        self._check()
-        prefilled = self.backend.prefill(prompt, embeds)
-        self.usage = replace(self.usage, cached_tokens=len(prompt.ids) - prefilled.computed_tokens)
-        return self._decode(prefilled.logits, prefilled.computed_tokens, limit)
-
-    def _decode(self, logits_V: Any, prefill_tokens: int, limit: int) -> Finish:
-        sampling, end_ids = self.job.sampling, self.backend.info.eos_token_ids
-        sample, pieces, stops = Sampler(sampling), Detokenizer(self.backend.detokenize), StopStrings(sampling.stop)
-        for count in range(1, limit + 1):
-            token_id = sample(logits_V)
-            t_ns = self._lap("prefill", prefill_tokens, announce=True) if count == 1 else self._lap("decode", 1)
-            ended = token_id in end_ids and not sampling.ignore_eos
-            piece, stopped = stops.add("" if ended else pieces.add(token_id))
-            if not stopped and (ended or count == limit):
-                tail, stopped = stops.add(pieces.flush())
-                piece += tail + ("" if stopped else stops.flush())
-            self.text += piece
-            self.usage = replace(self.usage, completion_tokens=count)
-            self.job.listener(Token(token_id, piece, t_ns))
-            self._lap("detokenize")
-            if ended or stopped:
-                return "stop"
-            if count < limit:
-                try:
-                    self._check()
-                except _Stopped:
-                    self.text += stops.flush()
-                    raise
-                logits_V = self.backend.step(token_id)
-        return "length"
-
-    def _decode_images(self) -> list[Message]:
-        encoded = 0
-        messages = []
-        for message in self.job.messages:
-            parts = []
-            for part in message.content:
-                is_encoded = isinstance(part, EncodedImage)
-                encoded += is_encoded
-                parts.append(decode_image(part) if isinstance(part, EncodedImage) else part)
-            messages.append(Message(message.role, tuple(parts)))
-        if encoded:
-            self._lap("image_decode", announce=True)
-        return messages
-
-    def _limit(self, prompt_tokens: int) -> int:
-        have = self.backend.info.context_length
-        if prompt_tokens + 1 > have:
-            raise ContextOverflow(prompt_tokens + 1, have)
-        return min(self.job.sampling.max_new_tokens, have - prompt_tokens)
-
-    def _check(self) -> None:
-        if self.job.cancel.is_set() or self.closing.is_set():
-            raise _Stopped("cancelled")
-        if self.job.deadline_ns is not None and self.clock.now_ns() >= self.job.deadline_ns:
-            raise _Stopped("deadline")
-
-    def _lap(self, stage: Stage, tokens: int = 0, announce: bool = False) -> int:
-        start_ns = self.spans[-1].end_ns if self.spans else self.job.received_ns
-        end_ns = self.clock.now_ns()
-        span = Span(stage, start_ns, end_ns, tokens)
-        self.spans.append(span)
-        if announce:
-            self.job.listener(span)
-        return end_ns

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image as Pillow
 
 from runtime.api import EncodedImage, Image, Message, Part
@@ -46,6 +47,11 @@ def from_pillow(image: Pillow.Image) -> Image:
     """Any Pillow image -> Image (alpha on white)."""
     rgb = preprocess.to_rgb(image)
     return Image(np.asarray(rgb), preprocess.image_digest(rgb))
+
+
+def from_rgb(rgb: npt.NDArray[np.uint8]) -> Image:
+    """rgb uint8 [H, W, 3] -> Image."""
+    return Image(rgb, preprocess.image_digest(Pillow.fromarray(rgb)))
 
 
 def to_pillow(image: Image) -> Pillow.Image:

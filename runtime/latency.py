@@ -19,10 +19,13 @@ class Timing:
 
     Attributes:
         ttft_ms: receipt of the request (encoded image bytes) to the choice of the first token; None without tokens.
-        tpot_ms: (E2EL - TTFT) / (tokens - 1); None with fewer than two tokens.
-        itl_ms: each gap between consecutive tokens.
+        tpot_ms: (E2EL - TTFT) / (tokens - 1); None with fewer than two tokens, or where nobody counted them.
+        itl_ms: each gap between consecutive tokens; empty where a remote server sends several in one piece.
         e2el_ms: receipt to the end of the last stage.
-        stages_ms: sums over the spans; a stage that did not happen is absent. They add up to e2el_ms.
+        stages_ms: sums over the spans; a stage that did not happen is absent. They add up to e2el_ms, except for a
+            remote server, whose stages cannot be seen.
+        remote_ms: time spent waiting for a remote server; None for a model of our own.
+        reported: a remote server's own word on its timings.
     """
 
     ttft_ms: float | None
@@ -30,10 +33,13 @@ class Timing:
     itl_ms: tuple[float, ...]
     e2el_ms: float
     stages_ms: dict[str, float]
-    prompt_tokens: int
-    image_tokens: int
-    cached_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None
+    image_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+    cached_images: int | None = 0
+    remote_ms: float | None = None
+    reported: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -59,17 +65,22 @@ def timing(events: Iterable[Event]) -> Timing:
     if done is None:
         raise ValueError("the request did not finish")
     end_ns = done.spans[-1].end_ns
-    n = len(token_ns)
+    n, remote = done.usage.completion_tokens, [span for span in done.spans if span.stage == "remote"]
+    gaps = tuple((b - a) / MS for a, b in itertools.pairwise(token_ns))
     return Timing(
-        ttft_ms=(token_ns[0] - done.received_ns) / MS if n else None,
-        tpot_ms=(end_ns - token_ns[0]) / MS / (n - 1) if n > 1 else None,
-        itl_ms=tuple((b - a) / MS for a, b in itertools.pairwise(token_ns)),
+        ttft_ms=(token_ns[0] - done.received_ns) / MS if token_ns else None,
+        tpot_ms=(end_ns - token_ns[0]) / MS / (n - 1) if token_ns and n is not None and n > 1 else None,
+        # a remote server leaves the end-of-sequence token out of its pieces
+        itl_ms=gaps if not remote or n in (len(token_ns), len(token_ns) + 1) else (),
         e2el_ms=(end_ns - done.received_ns) / MS,
         stages_ms=stages_ms(done.spans),
         prompt_tokens=done.usage.prompt_tokens,
         image_tokens=done.usage.image_tokens,
         cached_tokens=done.usage.cached_tokens,
-        completion_tokens=done.usage.completion_tokens,
+        completion_tokens=n,
+        cached_images=done.usage.cached_images,
+        remote_ms=sum(span.end_ns - span.start_ns for span in remote) / MS if remote else None,
+        reported=None if done.reported is None else dict(done.reported),
     )
 
 

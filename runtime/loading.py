@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image as Pillow
 
-from runtime.api import Backend
+from runtime.api import Backend, StreamBackend
 from runtime.engine import Engine
 from runtime.options import LoadOptions, options_from
 from vlm.errors import UserError
@@ -34,8 +34,19 @@ def load(artifact: str | Path, backend: str = "auto", **options: Any) -> Engine:
         raise UserError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     Pillow.preinit()  # its decoders load on first use otherwise: the first request would pay for it
     if backend == "fake":
-        return Engine(_fake(Path(artifact), chosen), queue_size=chosen.queue_size)
-    return Engine(_open(Path(artifact), backend, chosen), queue_size=chosen.queue_size)
+        return engine_of(_fake(Path(artifact), chosen), chosen)
+    return engine_of(_open(Path(artifact), backend, chosen), chosen)
+
+
+def engine_of(backend: Backend | StreamBackend, options: LoadOptions) -> Engine:
+    """A backend that is loaded -> its engine."""
+    return Engine(
+        backend,
+        queue_size=options.queue_size,
+        image_cache_bytes=options.image_cache_mb << 20,
+        prefill_chunk=options.prefill_chunk,
+        sync=options.sync,
+    )
 
 
 def _open(root: Path, backend: str, options: LoadOptions) -> Backend:

@@ -20,17 +20,25 @@ class LoadOptions:
             badly when cores are shared.
         context: upper limit on the context in tokens; memory for it is taken at load by some backends.
         queue_size: requests that may wait while one runs.
+        image_cache_mb: room for image embeddings kept for later requests; 0 keeps none.
+        prefill_chunk: prompt tokens computed between two looks at the cancel flag.
+        sync: wait for the device at every stage border (profiling of stages; costs a little).
     """
 
     threads: int = 1
     device: Device = "cpu"
     context: int = 4096
     queue_size: int = 8
+    image_cache_mb: int = 256
+    prefill_chunk: int = 512
+    sync: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("threads", "context", "queue_size"):
+        for name in ("threads", "context", "queue_size", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.image_cache_mb < 0:
+            raise UserError(f"image_cache_mb is {self.image_cache_mb}; give 0 (keep none) or more")
         if self.device not in get_args(Device):
             raise UserError(f"device is {self.device!r}; known: {', '.join(get_args(Device))}")
 

@@ -81,7 +81,7 @@ def _profile(result: Measured, options: ProfileOptions, workload: Workload) -> d
             "images": workload.name,
             "image_px": list(workload.size),
             "image_tokens": first.image_tokens,
-            "text_tokens": first.prompt_tokens - first.image_tokens,
+            "text_tokens": (first.prompt_tokens or 0) - (first.image_tokens or 0),
             "output_tokens": options.output_tokens,
             "sampling": "greedy, end-of-sequence ignored",
             "question": options.question,
@@ -99,7 +99,7 @@ def _profile(result: Measured, options: ProfileOptions, workload: Workload) -> d
             "requests": len(timings),
             "failed": 0,
             "cancelled": 0,
-            "cached_tokens": sum(t.cached_tokens for t in timings),
+            "cached_tokens": sum(t.cached_tokens or 0 for t in timings),
         },
         "metrics": {
             "ttft_ms": summary([t.ttft_ms for t in timings if t.ttft_ms is not None]),
@@ -132,11 +132,11 @@ def _throughput(timings: Sequence[Timing]) -> dict[str, Any]:
     total_s = sum(t.e2el_ms for t in timings) / 1000
     decode_s = sum(t.e2el_ms - t.ttft_ms for t in timings if t.ttft_ms is not None) / 1000
     prefill_s = sum(t.stages_ms.get("prefill", 0.0) for t in timings) / 1000
-    decoded = sum(t.completion_tokens - 1 for t in timings)
+    decoded = sum((t.completion_tokens or 1) - 1 for t in timings)
     return {
-        "output_tok_s": sum(t.completion_tokens for t in timings) / total_s if total_s else None,
+        "output_tok_s": sum(t.completion_tokens or 0 for t in timings) / total_s if total_s else None,
         "decode_tok_s": decoded / decode_s if decode_s else None,
-        "prefill_tok_s": sum(t.prompt_tokens for t in timings) / prefill_s if prefill_s else None,
+        "prefill_tok_s": sum(t.prompt_tokens or 0 for t in timings) / prefill_s if prefill_s else None,
         "requests_s": len(timings) / total_s if total_s else None,
         "images_s": len(timings) / total_s if total_s else None,  # one image per request
         "goodput_rps": None,

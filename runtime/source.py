@@ -5,7 +5,8 @@ Needs `tokenizers` and `jinja2`; never torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Source:
             lm_head_bytes=number("lm_head_bytes"),
             kv_bytes_per_token=number("kv_bytes_per_token"),
             verified=None if self.manifest is None else self.manifest.verified,
+            preprocess_sha256=hashlib.sha256(repr(self.image).encode()).hexdigest(),
         )
 
     def path_of(self, role: str) -> Path:
@@ -71,8 +73,13 @@ class Source:
             raise ArtifactError(f"{self.root} has no {NAME}; export it first")
         return self.manifest.path_of(self.root, role)
 
-    def prompt(self, messages: Sequence[Message], to_pixels: Callable[[Pillow.Image, ImageSpec], Any]) -> Prompt:
-        """Template and tokenise; `to_pixels` makes of each image what the backend's vision tower takes.
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        to_pixels: Callable[[Pillow.Image, ImageSpec], Any],
+        at_hand: Container[str] = frozenset(),
+    ) -> Prompt:
+        """Template and tokenise; `to_pixels` makes of each image not `at_hand` what the backend's vision tower takes.
 
         Raises:
             UserError: nothing is asked, or the chat template refuses the conversation.
@@ -92,13 +99,31 @@ class Source:
                 f"the prompt has {slots} image tokens for {len(images)} images of {self.image.tokens}; "
                 "put images in user messages only"
             )
-        prepared = tuple(PreparedImage(image.digest, to_pixels(to_pillow(image), self.image)) for image in images)
+        at = [i for i, token_id in enumerate(ids) if token_id == self.tokenizer.spec.image_token_id]
+        prepared = tuple(
+            PreparedImage(
+                image.digest, None if image.digest in at_hand else to_pixels(to_pillow(image), self.image), start
+            )
+            for image, start in zip(images, at[:: self.image.tokens], strict=True)
+        )
         return Prompt(tuple(ids), prepared)
 
-    def image_positions(self, ids: Sequence[int]) -> list[int]:
-        """Start of each image's run of visual tokens in `ids`, in order."""
-        at = [i for i, token_id in enumerate(ids) if token_id == self.tokenizer.spec.image_token_id]
-        return at[:: self.image.tokens]
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of the embedding of the prompt's `image`-th image."""
+
+    image: int
+    rows: slice
+
+
+def visible(prompt: Prompt, tokens_per_image: int, start: int, stop: int | None) -> Iterator[tuple[slice, Rows]]:
+    """Where the images show in the prompt's tokens start..stop: places counted from `start`, and the rows that go there."""
+    end = len(prompt.ids) if stop is None else stop
+    for index, image in enumerate(prompt.images):
+        first, last = max(image.start, start), min(image.start + tokens_per_image, end)
+        if first < last:
+            yield slice(first - start, last - start), Rows(index, slice(first - image.start, last - image.start))
 
 
 def open_artifact(root: Path, manifest: Manifest | None = None) -> Source:

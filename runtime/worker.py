@@ -46,7 +46,7 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     image = EncodedImage(base64.b64decode(request["image"]))
     sampling = Sampling(max_new_tokens=request["output_tokens"], ignore_eos=True)
     try:
-        events = engine.complete([question(request["question"], image)], sampling)
+        events = engine.complete([question(request["question"], image)], sampling, reuse="none")
     except ToolError as error:
         return {"error": error.message, "exit_code": error.exit_code}
     peak, method = peak_rss()

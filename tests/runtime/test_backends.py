@@ -77,7 +77,7 @@ def forced_logits(backend: Backend, messages: list[Message]) -> np.ndarray:
     """logits_SV of the prompt's end and of fixed tokens after it: a difference shows even where the argmax agrees."""
     prompt = backend.prepare(messages)
     embeds = backend.encode(prompt.images) if prompt.images else []
-    rows = [backend.prefill(prompt, embeds).logits]
+    rows = [backend.prefill(prompt, embeds)]
     rows += [backend.step(int(token_id)) for token_id in np.random.default_rng(0).integers(4, 300, STEPS)]
     return np.stack(rows)
 
@@ -150,7 +150,7 @@ def test_greedy_tokens_agree_between_formats(
 def decided(backend: Backend, messages: list[Message], ids: list[int]) -> int:
     """Number of leading tokens whose logit leads the runner-up by more than twice the GGUF tolerance."""
     prompt = backend.prepare(messages)
-    logits_V = backend.prefill(prompt, backend.encode(prompt.images)).logits
+    logits_V = backend.prefill(prompt, backend.encode(prompt.images))
     for count, token_id in enumerate(ids):
         second, first = np.partition(logits_V, -2)[-2:]
         if first - second < 2 * TOLERANCE["gguf"] * max(1.0, float(logits_V.std())):

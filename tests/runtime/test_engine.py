@@ -366,7 +366,7 @@ def test_close_fails_waiting_requests_and_refuses_new_ones() -> None:
 def test_complete_gives_the_events_of_generate() -> None:
     engine, backend, _ = fake("abc")
     with engine:
-        streamed, complete = run(engine), engine.complete([question("hi", picture())])
+        streamed, complete = run(engine, reuse="none"), engine.complete([question("hi", picture())], reuse="none")
         assert complete == streamed
         assert last(engine.complete([question("hi")], Sampling(stop=("c",)), deadline_s=9)).text == "ab"
         backend.script = FakeScript(fail_at="step")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runtime.api import Sampling
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.engine import Engine
-from runtime.sampling import Sampler
+from runtime.sampling import Sampler, penalised
 from runtime.text import Detokenizer, StopStrings
 from tests.runtime.test_engine import last, run
 from vlm.errors import UserError
@@ -99,6 +99,9 @@ def test_sampling_follows_the_distribution() -> None:
         {"top_p": 0},
         {"top_p": 1.1},
         {"top_k": -1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"json_schema": "{}", "grammar": "root ::= [a]"},
         {"seed": -1},
         {"stop": ("",)},
     ],
@@ -121,3 +124,27 @@ def test_seeded_sampling_repeats_itself() -> None:
         other = last(run(engine, sampling=Sampling(temperature=1.0, seed=8, max_new_tokens=20, ignore_eos=True))).text
     assert len(texts) == 1
     assert other not in texts
+
+
+def test_min_p_drops_what_is_unlikely_next_to_the_likeliest() -> None:
+    logits_V = np.log(np.array([0.5, 0.26, 0.2, 0.04], np.float32))
+    drawn = {Sampler(Sampling(temperature=1.0, min_p=0.5, seed=s))(logits_V) for s in range(200)}
+    assert drawn == {0, 1}
+    assert {Sampler(Sampling(temperature=1.0, min_p=1.0, seed=s))(logits_V) for s in range(50)} == {0}
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=8), st.floats(0.5, 3), st.data())
+def test_repetition_penalty_equals_the_naive_form(values: list[float], penalty: float, data: st.DataObject) -> None:
+    logits_V = np.array(values, np.float32)
+    seen = data.draw(st.sets(st.integers(0, len(values) + 3)))
+    naive = [
+        (v / penalty if v > 0 else v * penalty) if i in seen else v for i, v in enumerate(logits_V.astype(np.float64))
+    ]
+    np.testing.assert_allclose(penalised(logits_V, seen, penalty), naive, rtol=1e-6)
+
+
+def test_repetition_penalty_counts_prompt_and_answer() -> None:
+    sample = Sampler(Sampling(repetition_penalty=4.0), prompt_ids=(2,))
+    logits_V = np.array([1.0, 2.0, 3.0], np.float32)
+    assert [sample(logits_V) for _ in range(3)] == [1, 0, 2]
+    assert logits_V.tolist() == [1.0, 2.0, 3.0], "the model's own logits stay as they are"

@@ -1,0 +1,69 @@
+"""Answers held to a GBNF grammar or a JSON schema, by llama.cpp's grammar sampler."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from typing import Any
+
+import numpy as np
+
+from runtime.api import Logits, ModelInfo, Sampling
+from vlm.errors import UserError
+
+MAX_GRAMMAR = 100_000
+MAX_DEPTH = 32
+
+
+class LlamaGrammar:
+    """Grammar state of one answer; see `runtime.api.Constraint`."""
+
+    def __init__(self, llama: Any, vocab: Any, info: ModelInfo, sampling: Sampling) -> None:
+        self._llama = llama
+        self._sampler: Any = None
+        text = sampling.grammar or _gbnf(sampling.json_schema)
+        if len(text) > MAX_GRAMMAR:
+            raise UserError(f"the grammar has {len(text)} characters, more than {MAX_GRAMMAR}; make it smaller")
+        self._sampler = llama.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+        if not self._sampler:
+            raise UserError("the grammar is not valid GBNF with a rule `root`; check it with llama.cpp's grammar guide")
+        self._ends = frozenset(info.eos_token_ids)
+        self._rows = np.zeros(info.vocab_size, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        self._rows["id"] = np.arange(info.vocab_size)
+        self._view = llama.llama_token_data_array(
+            data=self._rows.ctypes.data_as(llama.llama_token_data_p), size=info.vocab_size, selected=-1, sorted=False
+        )
+
+    def mask(self, logits_V: Logits) -> Logits:
+        self._rows["logit"] = logits_V
+        self._llama.llama_sampler_apply(self._sampler, ctypes.byref(self._view))
+        masked_V: Logits = self._rows["logit"].copy()
+        return masked_V
+
+    def accept(self, token_id: int) -> None:
+        if token_id not in self._ends:
+            self._llama.llama_sampler_accept(self._sampler, token_id)
+
+    def __del__(self) -> None:
+        if self._sampler:
+            self._llama.llama_sampler_free(self._sampler)
+            self._sampler = None
+
+
+def _gbnf(schema_json: str) -> str:
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    try:
+        schema = json.loads(schema_json)
+        if not isinstance(schema, dict) or _depth(schema) > MAX_DEPTH:
+            raise UserError(f"the JSON schema must be an object nested at most {MAX_DEPTH} deep")
+        return str(json_schema_to_gbnf(json.dumps(schema)))
+    except UserError:
+        raise
+    except Exception as error:  # the converter raises whatever an unexpected schema runs it into
+        raise UserError(f"the JSON schema cannot be used ({type(error).__name__}: {error}); simplify it") from None
+
+
+def _depth(value: Any) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max((_depth(child) for child in children), default=0)

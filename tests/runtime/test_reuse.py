@@ -1,0 +1,115 @@
+"""Caches and chunked prefill on real models: the same tokens as without, on every backend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import load
+from runtime.api import Backend, Done, Image, Message, Reuse, Sampling, Token
+from runtime.engine import Engine
+from runtime.images import answer, from_pillow, question
+from runtime.loading import _open
+from runtime.options import LoadOptions
+from vlm import digits
+from vlm.errors import UserError
+
+KINDS = ["student", "onnx_artifact", "gguf_artifact"]
+
+
+def picture(index: int) -> Image:
+    return from_pillow(digits.sample("test", index).image)
+
+
+def ask(engine: Engine, messages: list[Message], reuse: Reuse) -> tuple[list[int], Done]:
+    events = engine.complete(messages, Sampling(max_new_tokens=8), reuse=reuse)
+    done = events[-1]
+    assert isinstance(done, Done)
+    return [event.id for event in events if isinstance(event, Token)], done
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_with_pictures_gives_the_same_tokens_with_and_without_caches(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    with load(request.getfixturevalue(kind), prefill_chunk=13) as engine:
+        history: list[Message] = []
+        for turn in range(4):
+            images = [picture(turn)] * 2 if turn == 2 else [picture(0)] if turn == 0 else []
+            history.append(question(("Read the top row.", "And below?")[turn % 2], *images))
+            ids, done = ask(engine, history, "all")
+            expected, _ = ask(engine, history, "none")
+            assert ids == expected
+            history.append(answer(done.text))
+            # the second reading, without caches, leaves its own context: the next turn goes on from there
+            if turn:
+                assert done.usage.cached_tokens
+                assert done.usage.prompt_tokens
+                assert done.usage.cached_tokens >= 16
+        assert (done.usage.cached_images, engine.stats.images.entries) == (3, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_prefill_in_pieces_gives_the_same_logits(kind: str, chunk: int, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(kind)
+    backend: Backend = _open(path, "auto", LoadOptions())  # type: ignore[assignment]
+    try:
+        messages = [question("Compare them.", picture(1), picture(2))]
+        prompt = backend.prepare(messages)
+        embeds = backend.encode(prompt.images)
+        whole = backend.prefill(prompt, embeds)
+        n = len(prompt.ids)
+        for start in range(0, n, chunk):
+            pieces = backend.prefill(prompt, embeds, start, min(start + chunk, n))
+        assert np.abs(whole - pieces).max() < 2e-2 * max(1.0, float(whole.std()))
+        # back to the middle of a picture, with only the embedding that is needed
+        start = prompt.images[1].start + 3
+        again = backend.prefill(prompt, [None, embeds[1]], start, n)
+        assert np.abs(whole - again).max() < 2e-2 * max(1.0, float(whole.std()))
+    finally:
+        backend.close()
+
+
+def test_answers_follow_a_json_schema(gguf_artifact: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer"}, "odd": {"type": "boolean"}},
+        "required": ["sum", "odd"],
+    }
+    sampling = Sampling(max_new_tokens=120, json_schema=json.dumps(schema), temperature=1.0, seed=5)
+    with load(gguf_artifact) as engine:
+        for index in range(2):
+            *_, done = engine.generate([question("Add up the top row.", picture(index))], sampling)
+            assert isinstance(done, Done)
+            assert done.finish == "stop"
+            value = json.loads(done.text)
+            assert isinstance(value["sum"], int)
+            assert isinstance(value["odd"], bool)
+
+
+def test_answers_follow_a_grammar(gguf_artifact: Path) -> None:
+    sampling = Sampling(max_new_tokens=9, grammar='root ::= "yes" | "no"')
+    with load(gguf_artifact) as engine:
+        *_, done = engine.generate([question("Is it odd?", picture(0))], sampling)
+    assert isinstance(done, Done)
+    assert done.text in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"grammar": "root :== nonsense"}, "not valid GBNF"),
+        ({"json_schema": "{"}, "JSON schema cannot be used"),
+        ({"json_schema": "[]"}, "must be an object"),
+        ({"json_schema": '{"a":' * 40 + "1" + "}" * 40}, "at most 32 deep"),
+    ],
+)
+def test_wrong_grammars_are_the_users_mistake(gguf_artifact: Path, wrong: dict[str, str], message: str) -> None:
+    with load(gguf_artifact) as engine:
+        with pytest.raises(UserError, match=message):
+            list(engine.generate([question("hi")], Sampling(**wrong)))  # type: ignore[arg-type]
+        assert ask(engine, [question("hi")], "all")[0]
