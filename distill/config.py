@@ -133,6 +133,12 @@ class TrainConfig:
         teacher_dtype: type of a live teacher's weights.
         teacher_load: quantise a live teacher while loading (needs bitsandbytes).
         student: LLaVA checkpoint directory to start from; the preset builds one.
+        vision_tower: SigLIP, SigLIP2 (fixed size) or CLIP directory or hub id (or a LLaVA checkpoint, for its tower); with
+            llm, a student is assembled with a fresh projector in OUT/initial.
+        llm: Qwen2, Qwen2.5, Qwen3 or Llama language model, directory or hub id.
+        feature_layer: hidden state of the tower that an assembled student's projector reads.
+        student_layers: keep so many decoder layers (first, last, evenly between) of the student, of the llm, or of the
+            teacher if no student is named; 0 keeps all.
         data: JSON or JSON-lines file, parquet file, folder or pattern of shards (parquet, tar, jsonl), saved data set,
             or hf:ORG/NAME[:SPLIT]; LLaVA, ShareGPT or HF messages.
         images: folder the data's image paths are relative to.
@@ -186,6 +192,10 @@ class TrainConfig:
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     teacher_load: Literal["none", "8bit", "4bit"] = "none"
     student: str | None = None
+    vision_tower: str | None = None
+    llm: str | None = None
+    feature_layer: int = -2
+    student_layers: int = 0
     data: Path | None = None
     images: Path | None = None
     format: Literal["auto", "llava", "sharegpt", "messages"] = "auto"
@@ -251,9 +261,24 @@ class TrainConfig:
         for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        for name in ("projector_lr", "weight_decay", "eval_every", "seed", "threads", "visual_every"):
+        for name in (
+            "projector_lr",
+            "weight_decay",
+            "eval_every",
+            "seed",
+            "threads",
+            "student_layers",
+            "holdout",
+            "visual_every",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if (self.llm is None) != (self.vision_tower is None):
+            raise UserError("an assembled student needs both --vision_tower and --llm (a LLaVA checkpoint has a tower)")
+        if self.llm is not None and self.student is not None:
+            raise UserError("--student and --llm both say what the student is; drop one")
+        if self.feature_layer == 0:
+            raise UserError("feature_layer counts from 1 (after the first block) or from -1 (after the last), got 0")
         if self.projector_lr and self.lrs.projector and self.projector_lr != self.lrs.projector:
             raise UserError(f"projector_lr {self.projector_lr} and lrs.projector {self.lrs.projector}: give only one")
         if not 0 <= self.warmup < 1:

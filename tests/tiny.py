@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill.assemble import Shape, build_model, build_processor, build_tokenizer, save_checkpoint
+from distill.assemble import SPECIALS, Shape, build_model, build_processor, build_tokenizer, save_checkpoint
 from vlm import digits
 
 
@@ -27,4 +27,65 @@ def make_student(directory: Path, seed: int = 0, spread: float = 4.0, **sizes: A
             if name.endswith("bias"):
                 parameter.normal_(0, 0.02)
     save_checkpoint(model, build_processor(tokenizer, shape), directory, {"objective": "none", "seed": seed})
+    return directory
+
+
+def make_tower(directory: Path, kind: str = "siglip", seed: int = 0, size: int = 32) -> Path:
+    """Write a random SigLIP or CLIP model of both halves, as published towers are, with its image processor."""
+    import torch
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        SiglipConfig,
+        SiglipImageProcessorPil,
+        SiglipModel,
+    )
+
+    sides = {"height": size, "width": size}
+    body = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    vision = {**body, "image_size": size, "patch_size": 8}
+    text = {**body, "vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    torch.manual_seed(seed)
+    if kind == "siglip":
+        SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).save_pretrained(directory)
+        SiglipImageProcessorPil(size=sides, resample=3).save_pretrained(directory)
+    else:
+        CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).save_pretrained(directory)
+        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=sides).save_pretrained(directory)
+    return directory
+
+
+def make_llm(directory: Path, kind: str = "qwen2", seed: int = 0, rows: int = 576, **sizes: Any) -> Path:
+    """Write a random causal language model with the digits tokenizer, without its image token.
+
+    Args:
+        rows: rows of the embedding; the tokenizer needs 511.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = build_tokenizer(digits.texts(), specials=SPECIALS[:-1])
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[kind]
+    settings = {
+        "vocab_size": rows,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        **sizes,
+    }
+    torch.manual_seed(seed)
+    model_class(config_class(**settings)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory

@@ -1,0 +1,83 @@
+"""The student a run starts from: a checkpoint, parts put together, fewer layers of another, or the preset's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torch import nn
+
+from distill import compose, presets
+from distill.assemble import build_model
+from distill.config import TrainConfig
+from vlm.errors import CheckpointError, UserError
+from vlm.load import Checkpoint, load_model, open_checkpoint
+
+INITIAL = "initial"
+
+
+def local(name: str) -> Path:
+    """A local directory, or the snapshot of a hub id (the only case that may use the network).
+
+    Raises:
+        CheckpointError: neither.
+    """
+    path = Path(name)
+    if path.exists() or path.parent.exists() or name.count("/") != 1 or name.startswith((".", "~")):
+        return path  # a local path, mistyped or not
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is neither a directory nor a reachable hub id ({type(error).__name__})"
+        ) from None
+
+
+def open_student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Module, Checkpoint]:
+    """The student's model in training mode, float32, and the checkpoint its processor comes from.
+
+    A student that has to be made first (parts, fewer layers) is written to OUT/initial and reused on resume.
+
+    Raises:
+        UserError: nothing says what the student is, or it cannot be opened.
+    """
+    if config.llm is not None and config.vision_tower is not None:
+        parts = compose.Parts(
+            local(config.vision_tower), local(config.llm), config.feature_layer, config.student_layers, config.seed
+        )
+        return _open(compose.assemble(parts, config.out / INITIAL, teacher))
+    if config.student:
+        source = open_checkpoint(local(config.student))
+    elif config.student_layers and teacher is not None:
+        source = teacher
+    elif config.preset == "digits" and teacher is not None:
+        return _digits_student(config, teacher)
+    else:
+        raise UserError("no student to train; pass --student DIR, --vision_tower DIR --llm DIR, or --preset digits")
+    if config.student_layers:
+        return _open(compose.shorten(source, config.student_layers, config.out / INITIAL))
+    return _open(source.directory)
+
+
+def _open(directory: Path) -> tuple[nn.Module, Checkpoint]:
+    source = open_checkpoint(directory)
+    return load_model(source).train(), source
+
+
+def _digits_student(config: TrainConfig, teacher: Checkpoint) -> tuple[nn.Module, Checkpoint]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher.directory)
+    model = build_model(presets.DIGITS_STUDENT, tokenizer, config.seed).train()
+    # a LLaVA student starts from a trained tower; projector and decoder are new
+    try:
+        model.model.vision_tower.load_state_dict(load_model(teacher).model.vision_tower.state_dict())
+    except RuntimeError:
+        raise CheckpointError(
+            f"the preset's student takes over the teacher's tower, and that of {teacher.directory} has other sizes; "
+            "pass --student DIR"
+        ) from None
+    return model, dataclasses.replace(teacher, config=model.config.to_dict(), provenance={})
