@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # command -> module with main(argv), meaning
 COMMANDS = {
     "train": ("distill.__main__", "train a student, in one run or in the stages of a recipe"),
+    "cache": ("distill.cache_command", "run the teacher over the data once; train --teacher_cache reads what it said"),
     "irs": ("distill.irs_command", "which teacher layer's attention follows the instruction (--align.iva_layer)"),
     "compare": ("distill.compare", "objectives x seeds at equal steps and at equal time"),
     "teacher": ("distill.__main__", "train the teacher of a preset"),

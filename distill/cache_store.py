@@ -77,6 +77,17 @@ class Entry:
     def size(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.arrays().values())
 
+    def row_sizes(self, response: int) -> tuple[int, int, int]:
+        """Bytes of the response rows, the visual rows and the rows after candidates."""
+        visual = int(self.kept_J.sum())
+        if isinstance(self.rows, Tensor):
+            each_R = torch.full((len(self.rows),), self.rows[:1].numel() * self.rows.element_size())
+        else:
+            token = 4 + (len(self.rows.high_M) > 0)
+            each_R = 6 + token * self.rows.count_R.long()
+        parts = each_R[:response], each_R[response : response + visual], each_R[response + visual :]
+        return int(parts[0].sum()), int(parts[1].sum()), int(parts[2].sum() + 4 * self.candidate_NC.numel())
+
 
 @dataclass(frozen=True)
 class Part:
@@ -100,7 +111,7 @@ class Writer:
         self.folder, self.name, self.data, self.samples_a_part = folder, f"{index}of{count}", data, samples_a_part
         self.path = folder / f"index-{self.name}.jsonl"
         self._waiting: list[Entry] = []
-        self._bytes = 0
+        self._bytes = self.written = 0
         try:
             self._file = self.path.open("a+")
         except OSError as error:
@@ -145,6 +156,7 @@ class Writer:
                 f"cannot write {self.folder / file} ({error.strerror}); free space and run the same command again"
             ) from error
         self._number += 1
+        self.written += size
         self._waiting, self._bytes = [], 0
 
     def close(self) -> None:
