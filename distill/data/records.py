@@ -121,12 +121,20 @@ class Records(Dataset):  # type: ignore[type-arg]
 
 
 def open_records(
-    data: Path, options: DataOptions, tokenizer: chat.ChatTokenizer, image: preprocess.ImageSpec
+    data: Path,
+    options: DataOptions,
+    tokenizer: chat.ChatTokenizer,
+    image: preprocess.ImageSpec,
+    context: int | None = None,
 ) -> Records:
     """Open and check a data set: a JSON or JSON-lines file, parquet or tar shards, a saved data set, or `hf:ORG/NAME`.
 
+    Args:
+        context: longest conversation the student takes, in tokens.
+
     Raises:
-        DataError: names the first malformed record; or lists the images that cannot be used and `on_bad_image` is stop.
+        DataError: names the first malformed or too long record; or lists the images that cannot be used and
+            `on_bad_image` is stop.
     """
     root = root_of(data, options.images)
     source = open_source_of(data)
@@ -135,6 +143,8 @@ def open_records(
         _report_bad(found, data, options.on_bad_image)
     keep = np.setdiff1d(np.arange(len(source)), np.array([sample.index for sample in found.bad], np.int64))
     records = Records(source, found, root, keep, tokenizer, image)
+    if context is not None:
+        check_lengths(records, context)
     note(f"data: {summary(records)}")
     return records
 

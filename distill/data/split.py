@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.data.records import DataOptions, Records, check_lengths, hold_out, open_records
+from distill.data.records import DataOptions, Records, hold_out, open_records
 from vlm import chat, preprocess
 from vlm.console import note
 from vlm.errors import DataError
@@ -46,15 +46,13 @@ def open_split(
     Raises:
         DataError: one of the data sets cannot be used, or they share records.
     """
-    train = open_records(data, options, tokenizer, image)
-    check_lengths(train, context)
+    train = open_records(data, options, tokenizer, image, context)
     description = train.describe()
     if data.is_file():
         description["sha256"] = sha256_file(data)
     validation = test = None
     if eval_data is not None:
-        test = validation = open_records(eval_data, options, tokenizer, image)
-        check_lengths(test, context)
+        test = validation = open_records(eval_data, options, tokenizer, image, context)
         _refuse_shared(train, test, eval_data)
         description["eval"] = test.describe()
     if holdout:
