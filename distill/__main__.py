@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # command -> module with main(argv), meaning
 COMMANDS = {
     "train": ("distill.__main__", "train a student, in one run or in the stages of a recipe"),
+    "check": ("distill.check", "dry run: token alignment, memory, time, disk, and whether the images are looked at"),
     "cache": ("distill.cache_command", "run the teacher over the data once; train --teacher_cache reads what it said"),
     "irs": ("distill.irs_command", "which teacher layer's attention follows the instruction (--align.iva_layer)"),
     "compare": ("distill.compare", "objectives x seeds at equal steps and at equal time"),
@@ -30,6 +31,7 @@ commands (each has --help):
 {commands}
 examples:
   python -m distill
+  python -m distill check --teacher DIR --student DIR --data train.json --images images/
   python -m distill irs --teacher DIR --data train.json --images images/
   python -m distill train --preset digits --objective sft --seed 1 --out runs/sft
   python -m distill train --config recipe.yaml

@@ -10,20 +10,17 @@ from distill.cli import AS_JSON, Extra, build_parser, recipes
 
 # patterns by group, first match wins; what matches none is listed last, so a new option is never hidden
 GROUPS = (
-    ("what runs", r"preset|out|resume|seed|threads|json|device"),
-    ("models", r"teacher.*|student.*|vision_tower|llm|projector|freeze.*|lora.*|train_.*"),
+    ("what runs", r"preset|out|resume|seed|threads|device|json|blind_samples"),
+    ("models", r"(teacher|student|lora|quant)(_.*|\..*)?|vision_tower|llm|projector|freeze.*|train_.*"),
     (
         "data",
-        r"data.*|.*images?|format|holdout|samples|augment|.*length.*|pack.*|workers|num_workers|stream.*|missing.*|eval_data.*",
+        r"data.*|images?(_.*)?|format|on_.*|check_images|samples|augment|.*length.*|pack.*|workers|eval_data|holdout",
     ),
     ("objective", r"objective|weights\..*"),
-    ("distillation terms (align)", r"align\..*"),
-    ("training", r"steps|batch_size|accumulate|.*lr|warmup|weight_decay|max_grad_norm|lr_.*|epochs|optimizer.*"),
-    (
-        "memory and speed",
-        r"bf16|save_dtype|gradient_checkpointing|cache.*|fsdp.*|compile.*|.*_dtype|teacher_.*|chunk.*",
-    ),
-    ("measuring and saving", r"eval_.*|save_.*|log_.*|report.*|visual_gain.*|keep.*|logger.*"),
+    ("distillation terms", r"align\..*"),
+    ("training", r"steps|batch_size|accumulate|.*lr|lrs\..*|warmup|weight_decay|max_grad_norm|lr_.*|epochs|optimi.*"),
+    ("memory and speed", r"bf16|gradient_checkpointing|cache.*|fsdp.*|compile.*|chunk.*|ddp.*"),
+    ("measuring and saving", r"eval_.*|save_.*|log_.*|report.*|visual_.*|keep.*|final|early.*"),
 )
 TRAIN_HELP = """usage: python -m distill train [--recipe NAME | --config FILE] [options]
 
