@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from distill import access, processes
 from distill.data import Collator, Examples, batches
-from distill.objective import Normaliser, Objective, gold_pass
+from distill.objective import Batch, Normaliser, Objective, gold_pass
 from vlm.score import bootstrap_interval
 
 
@@ -26,20 +28,30 @@ def greedy_matches(model: nn.Module, examples: Examples, n: int, collate: Collat
     """Per example: would greedy decoding give exactly the reference answer, end of turn included?
 
     Greedy decoding reproduces the reference exactly when each reference token is the most likely one after the
-    reference prefix, so one forward pass decides it.
+    reference prefix, so one forward pass decides it. With several processes each takes its share of the batches.
     """
     was_training = model.training
     model.eval()
-    matches: list[bool] = []
-    for batch in batches(examples, range(min(n, len(examples))), size, collate, model.device):
-        hidden_BTD = gold_pass(model, batch, keep_cache=False).hidden_BTD
-        sample_N, place_N = batch.response_BT[:, 1:].nonzero(as_tuple=True)
-        best_N = model.lm_head(hidden_BTD[sample_N, place_N]).argmax(dim=-1)
-        wrong_N = best_N != batch.input_ids_BT[sample_N, place_N + 1]
-        misses_B = torch.zeros(len(batch.input_ids_BT), device=wrong_N.device).index_add_(0, sample_N, wrong_N.float())
-        matches += (misses_B == 0).tolist()
+    mine: list[list[bool]] = []
+    for batch, counts in _turns(model, examples, n, collate, size):
+        matches = _matches(model, batch)
+        mine += [matches] if counts else []
     model.train(was_training)
-    return matches
+    return [match for matches in processes.in_order(processes.gather(mine)) for match in matches]
+
+
+def _matches(model: nn.Module, batch: Batch) -> list[bool]:
+    hidden_BTD = gold_pass(model, batch, keep_cache=False).hidden_BTD
+    sample_N, place_N = batch.response_places()
+    head = access.head(model)
+    misses_B = torch.zeros(len(batch.input_ids_BT), device=hidden_BTD.device)
+    # a few rows at a time: all logits of a batch at once would be the largest tensor of the run
+    for part in torch.arange(len(sample_N), device=hidden_BTD.device).split(512):
+        sample, place = sample_N[part], place_N[part]
+        wrong = head.logits(hidden_BTD[sample, place - 1]).argmax(dim=-1) != batch.input_ids_BT[sample, place]
+        misses_B.index_add_(0, sample, wrong.float())
+    found: list[bool] = (misses_B == 0).tolist()
+    return found
 
 
 def accuracy(model: nn.Module, examples: Examples, n: int, collate: Collator) -> Accuracy:
@@ -52,18 +64,22 @@ def accuracy(model: nn.Module, examples: Examples, n: int, collate: Collator) ->
 def held_out_terms(
     model: nn.Module, objective: Objective, examples: Examples, n: int, collate: Collator, size: int = 100
 ) -> dict[str, float]:
-    """Every loss term of the objective on held-out examples, averaged over batches."""
+    """Every loss term of the objective on held-out examples, averaged over batches, and their weighted sum `loss`."""
     was_training = model.training
     model.eval()
-    sums: dict[str, float] = {}
-    count = 0
-    # candidates are random; evaluation must not disturb the training stream, or a resumed run would differ
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for batch in batches(examples, range(min(n, len(examples))), size, collate, model.device):
-            _, values = objective(model, batch, Normaliser.of(batch))
-            count += 1
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+    mine: list[dict[str, float]] = []
+    # candidates are drawn by content, so evaluation neither disturbs the training stream nor varies between calls
+    for batch, counts in _turns(model, examples, n, collate, size):
+        _, values = objective(model, batch, Normaliser.of(batch))
+        mine += [{name: float(value) for name, value in values.items()}] if counts else []
     model.train(was_training)
-    return {name: value / count for name, value in sums.items()}
+    found = processes.in_order(processes.gather(mine))
+    means = {name: sum(values[name] for values in found) / len(found) for name in objective.terms}
+    return {**means, "loss": sum(getattr(objective.weights, name) * value for name, value in means.items())}
+
+
+def _turns(model: nn.Module, examples: Examples, n: int, collate: Collator, size: int) -> Iterator[tuple[Batch, bool]]:
+    device = next(model.parameters()).device
+    for chunk, counts in processes.turns(min(n, len(examples)), size):
+        for batch in batches(examples, chunk, size, collate, device):
+            yield batch, counts

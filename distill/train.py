@@ -8,24 +8,26 @@ import importlib.metadata
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from distill import evaluate, groups, irs, presets, report
-from distill.assemble import build_model, save_checkpoint
+from distill import checkpoint, evaluate, groups, irs, models, presets, processes, report, visual
+from distill.assemble import save_checkpoint
 from distill.config import Align, LearningRates, LossWeights, TrainConfig
 from distill.data import Collator, DataOptions, DigitsExamples, Examples, open_split, write_skipped
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
+from distill.reporter import check_loggers
 from distill.teacher import LiveTeacher
-from distill.trainer import COMPLETE, METRICS, DistillTrainer, last_checkpoint
+from distill.trainer import METRICS, DistillTrainer
 from vlm import digits
 from vlm.console import note
-from vlm.errors import CheckpointError, UserError
+from vlm.errors import UserError
 from vlm.files import atomic_dir, read_json, write_atomic
 from vlm.load import PROVENANCE, Checkpoint, load_model, open_checkpoint
 
@@ -70,6 +72,20 @@ class Run:
     data: Data
     vocabulary: int
 
+    def validate(self, trainer: DistillTrainer) -> dict[str, float]:
+        """Held-out value of every term, their sum, and task accuracy; in every process."""
+        held_out = self.data.validation
+        if held_out is None:
+            return {}
+        collate = Collator(self.student_source.tokenizer.spec.pad_token_id)
+        count = self.config.eval_samples
+
+        def work(student: nn.Module) -> dict[str, float]:
+            terms = evaluate.held_out_terms(student, trainer.objective, held_out, min(count, 200), collate)
+            return {**terms, "exact_match": evaluate.accuracy(student, held_out, count, collate).exact_match}
+
+        return trainer.on_student(work)
+
 
 def train(config: TrainConfig) -> TrainResult:
     """Train as told, save the student as a plain Hugging Face directory, return its held-out accuracy.
@@ -78,33 +94,74 @@ def train(config: TrainConfig) -> TrainResult:
         UserError: wrong input; nothing was written.
         KeyboardInterrupt: stopped by Ctrl-C after writing a checkpoint.
     """
-    config = _open_run_directory(config)
-    if config.resume and (config.out / "student" / PROVENANCE).is_file():
-        note(f"{config.out} is finished already")
+    processes.join()
+    config = processes.first(lambda: _open_run_directory(config))
+    if processes.first(lambda: config.resume and (config.out / "student" / PROVENANCE).is_file()):
+        processes.say(f"{config.out} is finished already")
         return _stored_result(config)
+    check_loggers(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     started = time.monotonic()
-    run = load_run(config)
-    note(groups.table(groups.parameter_groups(config, run.student), run.student))
-    iva_layer, scores = _iva_layer(run)
-    _start_run_directory(config, scores)
-    write_skipped(run.data.train, config.out)
-    teacher = None if run.teacher is None else LiveTeacher(run.teacher, config.align, iva_layer)
-    objective = Objective(config.terms, config.weights, config.align, teacher, run.vocabulary)
+    run = processes.one_after_another(lambda: load_run(config))
+    processes.say(groups.table(groups.parameter_groups(config, run.student), run.student))
+    iva_layer, scores = processes.first(lambda: _iva_layer(run))
+    processes.first(lambda: _start_run_directory(config, scores))
+    processes.first(lambda: write_skipped(run.data.train, config.out))
+    align = _recomputed(run)
+    teacher = None if run.teacher is None else LiveTeacher(run.teacher, align, iva_layer)
+    objective = Objective(config.terms, config.weights, align, teacher, run.vocabulary)
     collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
     trainer = DistillTrainer(
-        config, run.student, objective, run.data.train, collate, lambda model: _validate(run, objective, model)
+        config, run.student, objective, run.data.train, collate, run.validate, _watch(run, collate)
     )
     trainer.started = started
-    checkpoint = last_checkpoint(config.out) if config.resume else None
-    if checkpoint:
-        trainer.seconds_before = float((checkpoint / COMPLETE).read_text())
+    found = processes.first(lambda: checkpoint.last(config.out)) if config.resume else None
+    if found:
+        trainer.seconds_before = float((found / checkpoint.COMPLETE).read_text())
     if config.resume:
-        note(f"going on from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting at step 0")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return _finish(run, collate, trainer.seconds())
+        processes.say(f"going on from {found.name}" if found else "no complete checkpoint yet: starting at step 0")
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    return _finish(run, trainer, collate)
+
+
+def _recomputed(run: Run) -> Align:
+    """With gradient checkpointing on, the settings that work with it."""
+    if not run.config.gradient_checkpointing:
+        return run.config.align
+    run.student.gradient_checkpointing_enable({"use_reentrant": False})
+    if run.config.align.layout != "cached" or "tpa" not in run.config.terms:
+        return run.config.align
+    processes.say("gradient checkpointing keeps no keys and values: align.layout cached becomes appended")
+    return dataclasses.replace(run.config.align, layout="appended")
+
+
+def _watch(run: Run, collate: Collator) -> Callable[[DistillTrainer, int], dict[str, Any]] | None:
+    """What is logged about the student's use of its images; the teacher's use says whether the data are right."""
+    config = run.config
+    if not config.visual_every:
+        return None
+    seen = visual.probe(run.data.train, config.visual_samples, collate)
+    held_out = (
+        None if run.data.validation is None else visual.probe(run.data.validation, config.visual_samples, collate)
+    )
+    if seen is None:
+        return None
+    probe = held_out or seen
+    teacher = None
+    if run.teacher is not None:
+        teacher = visual.read(run.teacher, seen, next(run.teacher.parameters()).device)
+    watch = visual.VisualWatch(max(visual.PATIENCE, 2 * config.warmup_steps), teacher)
+
+    def inspect(trainer: DistillTrainer, step: int) -> dict[str, Any]:
+        reading = trainer.on_student(lambda student: visual.read(student, probe, trainer.args.device))
+        warning = watch.warning(step, reading)
+        if warning:
+            processes.say(warning)
+        return watch.log(step, reading)
+
+    return inspect
 
 
 def _start_run_directory(config: TrainConfig, scores: irs.LayerScores | None) -> None:
@@ -152,12 +209,12 @@ def load_run(config: TrainConfig) -> Run:
     """
     teacher_source = None
     if config.teacher:
-        teacher_source = open_checkpoint(_local(config.teacher))
-    elif config.preset == "digits" and (config.needs_teacher or not config.student):
+        teacher_source = open_checkpoint(models.local(config.teacher))
+    elif config.preset == "digits" and (config.needs_teacher or not (config.student or config.llm)):
         teacher_source = open_checkpoint(presets.digits_teacher())
     if config.needs_teacher and teacher_source is None:
         raise UserError(f"objective {config.objective!r} needs a teacher; pass --teacher DIR or --objective sft")
-    student, student_source = _student(config, teacher_source)
+    student, student_source = models.open_student(config, teacher_source)
     data = _data(config, student_source)
     if len(data.train) < config.batch_size:
         raise UserError(
@@ -174,43 +231,6 @@ def load_run(config: TrainConfig) -> Run:
             teacher = teacher.to("cuda")
     groups.freeze(student, f"{config.freeze},{'vision' if config.freeze_vision else ''}")
     return Run(config, student, student_source, teacher, teacher_source, data, vocabulary)
-
-
-def _local(name: str) -> Path:
-    """A local directory, or the snapshot of a hub id (the only case that may use the network)."""
-    path = Path(name)
-    if path.exists() or path.parent.exists() or name.count("/") != 1 or name.startswith((".", "~")):
-        return path  # a local path, mistyped or not
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name} is neither a directory nor a reachable hub id ({type(error).__name__})"
-        ) from None
-
-
-def _student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Module, Checkpoint]:
-    if config.student:
-        source = open_checkpoint(_local(config.student))
-        return load_model(source).train(), source
-    if config.preset != "digits" or teacher is None:
-        raise UserError("no student to train; pass --student DIR or --preset digits")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(teacher.directory)
-    model = build_model(presets.DIGITS_STUDENT, tokenizer, config.seed).train()
-    # a LLaVA student starts from a trained tower; projector and decoder are new
-    try:
-        model.model.vision_tower.load_state_dict(load_model(teacher).model.vision_tower.state_dict())
-    except RuntimeError:
-        raise CheckpointError(
-            f"the preset's student takes over the teacher's tower, and that of {teacher.directory} has other sizes; "
-            "pass --student DIR"
-        ) from None
-    return model, dataclasses.replace(teacher, config=model.config.to_dict(), provenance={})
 
 
 def _data(config: TrainConfig, student: Checkpoint) -> Data:
@@ -253,22 +273,21 @@ def _iva_layer(run: Run) -> tuple[int, irs.LayerScores | None]:
     return scores.best, scores
 
 
-def _validate(run: Run, objective: Objective, model: nn.Module) -> dict[str, float]:
-    if run.data.validation is None:
-        return {}
-    collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
-    count = run.config.eval_samples
-    terms = evaluate.held_out_terms(model, objective, run.data.validation, min(count, 200), collate)
-    return {**terms, "exact_match": evaluate.accuracy(model, run.data.validation, count, collate).exact_match}
-
-
-def _finish(run: Run, collate: Collator, seconds: float) -> TrainResult:
+def _finish(run: Run, trainer: DistillTrainer, collate: Collator) -> TrainResult:
     config = run.config
-    model = run.student.eval().to(getattr(torch, config.save_dtype)).to(torch.float32)
-    scored = evaluate.accuracy(model, run.data.test, config.eval_samples, collate) if run.data.test else None
-    student = config.out / "student"
+    seconds = trainer.seconds()
+    best = processes.first(lambda: checkpoint.best_student(config.out)) if config.final == "best" else None
+    if best is not None:
+        processes.say(f"the student is the best one, of {best.name.replace('-', ' ')}")
+        trainer.load_weights(best)
+    dtype = getattr(torch, config.save_dtype)
+    with torch.no_grad():
+        for parameter in run.student.parameters():
+            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+    test = run.data.test
+    scored = test and trainer.on_student(lambda model: evaluate.accuracy(model, test, config.eval_samples, collate))
     result = TrainResult(
-        student,
+        config.out / "student",
         config.objective,
         scored.exact_match if scored else None,
         scored.n if scored else 0,
@@ -276,16 +295,26 @@ def _finish(run: Run, collate: Collator, seconds: float) -> TrainResult:
         round(seconds, 1),
         config.seed,
     )
+    weights = trainer.full_weights()
+    processes.first(lambda: _write_student(run, result, weights, dtype))
+    return result
+
+
+def _write_student(run: Run, result: TrainResult, weights: dict[str, Tensor] | None, dtype: torch.dtype) -> None:
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(run.student_source.directory)
-    with atomic_dir(student) as work:
-        stored = model.to("cpu", getattr(torch, config.save_dtype))
-        save_checkpoint(stored, processor, work, _provenance(run, result))
-    title = f"{config.objective} on {run.data.description['name']}, seed {config.seed}"
-    report.loss_curve(report.read_metrics(config.out / METRICS), title, config.out / "loss.png")
-    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)  # the student supersedes them
-    return result
+    model: Any = run.student
+    if weights is not None:  # sharded: put together again
+        model = type(run.student)(run.student.config)
+        model.load_state_dict(weights)
+    out = run.config.out
+    with atomic_dir(result.student) as work:
+        processor = AutoProcessor.from_pretrained(run.student_source.directory)
+        save_checkpoint(model.to("cpu", dtype), processor, work, _provenance(run, result))
+    title = f"{result.objective} on {run.data.description['name']}, seed {result.seed}"
+    report.loss_curve(report.read_metrics(out / METRICS), title, out / "loss.png")
+    for spent in ("checkpoints", "best") if run.config.final == "best" else ("checkpoints",):
+        shutil.rmtree(out / spent, ignore_errors=True)  # the student supersedes them
 
 
 def _provenance(run: Run, result: TrainResult) -> dict[str, Any]:

@@ -1,39 +1,40 @@
-"""The Hugging Face Trainer with the Align-TI objective: checkpoints, resume and loggers come with it."""
+"""The Hugging Face Trainer with the Align-TI objective: loggers, schedules and launchers come with it."""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from distill import checkpoint, processes
 from distill.config import TrainConfig
-from distill.data import Collator, Examples, to_batch
+from distill.data import Collator, Examples, LengthGrouped, Records, to_batch
+from distill.distiller import Distiller, blank_image
 from distill.groups import build_optimizer
 from distill.objective import Normaliser, Objective
-from vlm.console import Progress
-from vlm.errors import GateFailed, UserError
+from distill.reporter import Reporter, loggers
+from vlm.errors import GateFailed
 
-COMPLETE = "complete"
+T = TypeVar("T")
 METRICS = "metrics.jsonl"
 
 
 class DistillTrainer(Trainer):
     """Trains a student on an Objective.
 
-    The normaliser of every term is counted over all micro-batches of a step, so the loss and its gradient are those
-    of the full batch however it is cut.
+    The normaliser of every term is counted over all micro-batches and processes of a step, and candidates are drawn by
+    a sample's place in the step, so loss, gradient and logged values are those of the full batch however it is cut.
+
+    Args:
+        evaluate_now: held-out scores of the student, called in every process with the trainer.
+        inspect: called after every step in every process; what it returns is logged.
     """
 
     def __init__(
@@ -43,32 +44,42 @@ class DistillTrainer(Trainer):
         objective: Objective,
         examples: Examples,
         collate: Collator,
-        evaluate_now: Callable[[nn.Module], dict[str, float]],
+        evaluate_now: Callable[[DistillTrainer], dict[str, float]],
+        inspect: Callable[[DistillTrainer, int], dict[str, Any]] | None = None,
     ) -> None:
-        args = _arguments(config)
-        if args.world_size > 1:
-            raise UserError(
-                f"{args.world_size} processes: distributed training is not supported yet; start one process"
-            )
+        self.config, self.objective = config, objective
+        self.student = student
+        self._adamw: torch.optim.Optimizer | None = None
         super().__init__(
-            model=student,
-            args=args,
+            model=Distiller(student),
+            args=_arguments(config),
             train_dataset=examples,
             eval_dataset=examples,  # only to satisfy the base class: `evaluate` below brings its own held-out data
             data_collator=collate,
-            optimizers=(build_optimizer(config, student), None),
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self._reporter = Reporter(config.out, config.steps)
+        self._reporter = Reporter(config.out / METRICS, config.steps, self.args.device)
         self.add_callback(self._reporter)
-        self.add_callback(TensorBoardCallback(SummaryWriter(str(config.out / "tensorboard"), max_queue=1000)))
-        self.objective, self.evaluate_now = objective, evaluate_now
+        for callback in loggers(config):
+            self.add_callback(callback)
+        self.evaluate_now, self.inspect = evaluate_now, inspect
         self.loss_is_scaled_for_ga = True
-        self._term_sums: dict[str, float] = {}
-        self._term_steps = 0
+        self._window = _Window()
+        self._micro_batch, self._inspected = 0, 0
         self.started, self.seconds_before = time.monotonic(), 0.0
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self._failures: list[BaseException] = []
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.config.fsdp and not self.is_fsdp_enabled:
+            _shard_on_cpu(self)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self._adamw is None:
+            self.optimizer = self._adamw = build_optimizer(self.config, self.student)
+        return self._adamw
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -76,10 +87,18 @@ class DistillTrainer(Trainer):
         finally:
             self._reporter.release()
 
+    def on_student(self, work: Callable[[nn.Module], T], train: bool = False) -> T:
+        """Run work that reads the student's weights; with a sharded student, in every process alike."""
+        model = self.model_wrapped if train else self.model
+        # autocast and sharding act inside this module's forward
+        with self.accelerator.autocast():
+            result: T = model(work)
+        return result
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        self._term_steps += 1
+        self._micro_batch = 0
         micro_batches: list[dict[str, Tensor]] = []
         for _ in range(num_batches):
             micro_batch = next(epoch_iterator, None)
@@ -87,8 +106,13 @@ class DistillTrainer(Trainer):
                 break
             micro_batches.append(micro_batch)
         batches = [to_batch(tensors) for tensors in micro_batches]
-        counts = [[int(batch.response_tokens()), int(batch.image_samples())] for batch in batches] or [[0, 0]]
-        return micro_batches, torch.tensor(counts, device=device).sum(dim=0).clamp(min=1)
+        counts = [
+            [float(batch.response_tokens()), float(batch.image_samples()), float(batch.attention_mask_BT.sum())]
+            for batch in batches
+        ] or [[0.0, 0.0, 0.0]]
+        counted = processes.total(torch.tensor(counts, device=device, dtype=torch.float64).sum(dim=0))
+        self._window.start_step(float(counted[2]))
+        return micro_batches, counted[:2].clamp(min=1)
 
     def compute_loss(
         self,
@@ -103,67 +127,214 @@ class DistillTrainer(Trainer):
             if num_items_in_batch is None
             else Normaliser(num_items_in_batch[0], num_items_in_batch[1])
         )
-        # the framework casts inside the model's own forward, which the objective does not go through
-        with self.accelerator.autocast():
-            loss, values = self.objective(self.accelerator.unwrap_model(model), batch, normaliser)
-        if not math.isfinite(float(loss.detach())):
-            raise GateFailed(f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}; lower --lr")
-        for name, value in values.items():
-            self._term_sums[name] = self._term_sums.get(name, 0.0) + float(value)
+        seeds = self._seeds(len(batch.input_ids_BT))
+
+        def work(student: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+            blank = blank_image(student, batch) if self.is_fsdp_enabled else 0.0
+            loss, values = self.objective(student, batch, normaliser, seeds)
+            return loss + blank, values
+
+        loss, values = self.on_student(work, train=True)
+        # all processes must give up together, or the others wait for this one for ever
+        if processes.any_of(not math.isfinite(float(loss.detach())), loss.device):
+            seen = "not finite" if math.isfinite(float(loss.detach())) else f"{float(loss.detach())}"
+            processes.refuse(GateFailed(f"the loss is {seen} at step {self.state.global_step + 1}; lower --lr"))
+        self._window.add(values)
+        # gradients and logged losses are averaged over processes, while each holds its part of the sum
+        loss = loss * processes.world()
         return (loss, values) if return_outputs else loss
 
+    def _seeds(self, size: int) -> list[int]:
+        """A seed a sample from its place in the step: the same whichever process and micro-batch it is dealt to."""
+        first = (self._micro_batch * processes.world() + processes.rank()) * self.config.batch_size
+        self._micro_batch += 1
+        step = (self.config.seed << 36) + (self.state.global_step << 16)
+        return [(step + first + row) % (1 << 62) for row in range(size)]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._term_steps:
-            logs = {**logs, **{name: round(value / self._term_steps, 6) for name, value in self._term_sums.items()}}
-            self._term_sums, self._term_steps = {}, 0
+        if "loss" in logs:
+            logs = {**logs, **self._window.close()}
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        step = self.state.global_step
+        if self.inspect is not None and step % self.config.visual_every == 0 and step != self._inspected:
+            self._inspected = step
+            self.log(self.inspect(self, step))
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        examples = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(examples, Records) or not self.config.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        step = self.config.batch_size * self.config.accumulate * processes.world()
+        return LengthGrouped(examples, step, self.config.seed)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         step, metrics = self._evaluated
         if step != self.state.global_step:  # the base class asks twice when the last step is an evaluation step
-            metrics = {f"eval_{name}": value for name, value in self.evaluate_now(self.model).items()}
+            metrics = {f"eval_{name}": value for name, value in self.evaluate_now(self).items()}
             self._evaluated = self.state.global_step, metrics
             self.log(metrics)
+            self._keep_best(metrics)
         return metrics
 
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        wanted = self.config.keep_best
+        metric = "loss" if "eval_exact_match" not in metrics else wanted
+        if wanted == "none" or f"eval_{metric}" not in metrics:
+            return
+        score = checkpoint.Score(self.state.global_step, metric, metrics[f"eval_{metric}"])
+        if not processes.share(score.beats(checkpoint.best(self.config.out))):
+            return
+        weights = self.full_weights()
+        processes.first(lambda: checkpoint.write_best(self.config.out, self.student, weights, score))
+
+    def full_weights(self) -> dict[str, Tensor] | None:
+        """Whole weights of a sharded student in the first process (empty in the others); None when not sharded."""
+        if not self.is_fsdp_enabled:
+            return None
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options)
+        return {name.removeprefix("student."): value for name, value in state.items()}
+
+    def load_weights(self, directory: Path) -> None:
+        """Put the weights of `checkpoint.save_student` into the student, sharded or not; in every process."""
+        if not self.is_fsdp_enabled or self.model_wrapped is not self.model:
+            checkpoint.load_student(self.student, directory)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        state = {f"student.{name}": value for name, value in checkpoint.read_student(self.student, directory).items()}
+        strict = not checkpoint.is_adapted(self.student)
+        set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # save_pretrained writes LLaVA weights under other names than the module's own; the base class loads the file
-        # by name, finds nothing and goes on from the initial weights with a mere warning
-        target = self.model if model is None else model
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=torch.float32, local_files_only=True)
-        target.load_state_dict(saved.state_dict())
+        self.load_weights(Path(resume_from_checkpoint))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        weights = self.full_weights()
+        if self.args.should_save:
+            self._write(lambda: checkpoint.save_student(self.student, Path(str(output_dir)), weights))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            self._write(lambda: super(DistillTrainer, self)._save_optimizer_and_scheduler(output_dir))
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        if self.args.should_save:
+            self._write(lambda: torch.save(state, Path(output_dir) / "optimizer.pt"))
+            self._write(lambda: torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        folder = Path(checkpoint)
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        set_optimizer_state_dict(
+            self.model, self.optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True)
+        )
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+    def _write(self, work: Callable[[], Any]) -> None:
+        """Keep a failed write for later: raising at once would leave the other processes waiting in a collective."""
+        try:
+            work()
+        except Exception as error:
+            self._failures.append(error)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(checkpoint.writing(self.config.out))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        # a process killed while saving leaves a folder without this mark; resuming passes over it
-        (folder / COMPLETE).write_text(str(self.seconds()))
+        out, step, device = self.config.out, self.state.global_step, self.args.device
+        work = checkpoint.writing(out) / f"checkpoint-{step}"
+        if processes.is_first():
+            self._write(lambda: work.mkdir(parents=True, exist_ok=True))
+        processes.wait()
+        self._write(lambda: super(DistillTrainer, self)._save_checkpoint(model, trial))
+        # the name is given once every process has written its part
+        if not processes.any_of(bool(self._failures), device) and processes.is_first():
+            self._write(lambda: checkpoint.publish(out, step, self.seconds(), self.config.keep_checkpoints))
+        if processes.any_of(bool(self._failures), device):
+            self._give_up_saving(out)
+
+    def _give_up_saving(self, out: Path) -> None:
+        failures, self._failures = self._failures, []
+        if processes.is_first():
+            shutil.rmtree(checkpoint.writing(out), ignore_errors=True)
+        if failures and not checkpoint.out_of_space(failures[0], out):
+            raise failures[0]
+        processes.refuse(checkpoint.no_space(out))
 
     def seconds(self) -> float:
         """Seconds trained so far, those before an interruption included."""
         return self.seconds_before + time.monotonic() - self.started
 
 
+class _Window:
+    """Sums over the steps since the last log line."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.steps, self.tokens, self.started = 0, 0.0, 0.0
+
+    def start_step(self, tokens: float) -> None:
+        if self.steps == 0:
+            self.started = time.monotonic()
+        self.steps += 1
+        self.tokens += tokens
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.double()
+            self.values[name] = self.values[name] + value if name in self.values else value
+
+    def close(self) -> dict[str, float]:
+        """Means a step over all processes, seconds a step, tokens a second; the next window starts."""
+        if self.steps == 0:
+            return {}
+        logs: dict[str, float] = {}
+        if self.values:
+            names = sorted(self.values)
+            sums = processes.total(torch.stack([self.values[name] for name in names])) / self.steps
+            logs = {name: round(value, 6) for name, value in zip(names, sums.tolist(), strict=True)}
+        seconds = time.monotonic() - self.started
+        logs |= {"step_seconds": round(seconds / self.steps, 4), "tokens_per_second": round(self.tokens / seconds, 1)}
+        self.__init__()  # type: ignore[misc]
+        return logs
+
+
 def _arguments(config: TrainConfig) -> TrainingArguments:
     arguments = TrainingArguments(
-        output_dir=str(config.out / "checkpoints"),
+        output_dir=str(checkpoint.folder(config.out)),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(config.warmup * config.steps)),
+        warmup_steps=config.warmup_steps,
         max_grad_norm=config.max_grad_norm,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every or None,
         save_steps=config.save_every,
-        save_total_limit=3,
+        save_total_limit=None,  # checkpoint.publish deletes old ones, after the new one is whole
         seed=config.seed,
         data_seed=config.seed,
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
+        fsdp=True if config.fsdp and processes.world() > 1 else None,
+        ddp_timeout=int(processes.PATIENCE.total_seconds()),
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -174,74 +345,15 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     return arguments
 
 
-class Reporter(TrainerCallback):
-    """Progress on stderr, every log line into metrics.jsonl, Ctrl-C turned into a checkpoint and a stop."""
+def _shard_on_cpu(trainer: DistillTrainer) -> None:
+    """Have accelerate take on a CPU the path it takes on GPUs: it looks at the FSDP settings there only."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    def __init__(self, out: Path, steps: int) -> None:
-        self.path, self.steps = out / METRICS, steps
-        self.interrupted = False
-        self._progress: Progress | None = None
-        self._previous: Any = None
-        self._detail = ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        drop_after(self.path, state.global_step)
-        self._progress = Progress(self.steps, "train", every_s=10)
-        self._progress.advance(state.global_step)
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
-        except ValueError:  # not the main thread: whoever owns it handles Ctrl-C
-            self._previous = None
-
-    def _on_interrupt(self, _: int, __: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        assert self._progress is not None
-        self._progress.advance(1, self._detail)
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        shown = ("loss", "sft", "kd", "iva", "tpa", "eval_exact_match")
-        if any(name in logs for name in shown):
-            self._detail = "  ".join(f"{name} {float(logs[name]):.3f}" for name in shown if name in logs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.release()
-        if self.interrupted:
-            raise KeyboardInterrupt
-
-    def release(self) -> None:
-        """Give Ctrl-C back to whoever had it before training, however training ended."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-
-def drop_after(path: Path, step: int) -> None:
-    """Remove metrics of steps that a resumed run will take again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):  # the last line of a killed process may be cut
-            continue
-    path.write_text("".join(f"{line}\n" for line in kept if step > 0))
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, if any; half-written ones are removed."""
-    folders = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for folder in [f for f in folders if not (f / COMPLETE).exists()]:
-        shutil.rmtree(folder)
-        folders.remove(folder)
-    return folders[-1] if folders else None
+    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    state = trainer.accelerator.state
+    if trainer.args.bf16:
+        plugin.set_mixed_precision("bf16")
+    state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True

@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill import checkpoint
 from distill.config import TrainConfig
 from distill.data import Collator, DigitsExamples, LlavaJson
 from distill.evaluate import greedy_matches
 from distill.report import read_metrics
+from distill.reporter import drop_after
 from distill.train import config_from_json, config_to_json, train
-from distill.trainer import DistillTrainer, drop_after, last_checkpoint
+from distill.trainer import DistillTrainer
 from tests.tiny import make_student
 from vlm import chat, digits
 from vlm.errors import CheckpointError, DataError, GateFailed, UserError
@@ -233,9 +235,9 @@ def test_ctrl_c_writes_a_checkpoint_and_resumes(models: Path, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         train(stopped)
     monkeypatch.undo()
-    checkpoint = last_checkpoint(stopped.out)
-    assert checkpoint is not None
-    assert checkpoint.name == "checkpoint-3"
+    last = checkpoint.last(stopped.out)
+    assert last is not None
+    assert last.name == "checkpoint-3"
     train(dataclasses.replace(stopped, resume=True))
     one, other = final_weights(reference.out), final_weights(stopped.out)
     assert all(torch.equal(other[name], value) for name, value in one.items())
@@ -247,16 +249,16 @@ def test_bfloat16_autocast_really_casts(models: Path, tmp_path: Path, monkeypatc
     seen: list[torch.dtype] = []
     original = Objective.__call__
 
-    def watch(self: Objective, student: Any, batch: Any, normaliser: Any) -> Any:
+    def watch(self: Objective, student: Any, *rest: Any) -> Any:
         if student.training:
             hook = student.model.language_model.layers[0].mlp.down_proj.register_forward_hook(
                 lambda _m, _i, output: seen.append(output.dtype)
             )
             try:
-                return original(self, student, batch, normaliser)
+                return original(self, student, *rest)
             finally:
                 hook.remove()
-        return original(self, student, batch, normaliser)
+        return original(self, student, *rest)
 
     monkeypatch.setattr(Objective, "__call__", watch)
     train(tiny(models, tmp_path / "run", bf16=True, steps=2, eval_every=0))
