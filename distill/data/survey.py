@@ -6,21 +6,25 @@ What was found is kept under the cache folder, keyed by the files' sizes and tim
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import zipfile
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from distill.data.images import Probe, digest, probe
+from distill.data.images import digest, probe
 from distill.data.record import Format, Record, detect, parse
 from distill.data.source import Source, stamp
 from distill.data.tables import cache_dir
@@ -94,16 +98,17 @@ def survey(source: Source, look: Look, tokenizer: chat.ChatTokenizer) -> Survey:
     """
     form = look.format or detect((source[i].value for i in range(min(DETECT, len(source)))), source.where(0))
     file = cache_dir() / f"{_key(source, look, form, tokenizer)}.npz"
-    known = _recall(file)
-    if known is None:
-        arrays = {name: np.zeros(len(source), kind) for name, kind in ARRAYS.items()}
-        again: Sequence[int] = range(len(source))
-    else:  # images that could not be used may have been repaired meanwhile
-        arrays, again = known
-    bad = _Check(source, form, look, tokenizer, arrays).run(again)
-    found = Survey(form, bad=bad, **arrays)
-    if len(again):
-        _remember(file, found)
+    with _one_at_a_time(file):
+        known = _recall(file)
+        if known is None:
+            arrays: dict[str, npt.NDArray[Any]] = {name: np.zeros(len(source), kind) for name, kind in ARRAYS.items()}
+            again: Sequence[int] = range(len(source))
+        else:  # images that could not be used may have been repaired meanwhile
+            arrays, again = known
+        bad = _Check(source, form, look, tokenizer).run(again, arrays)
+        found = Survey(form, bad=bad, **arrays)
+        if len(again):
+            _remember(file, found)
     return found
 
 
@@ -119,47 +124,88 @@ def conversation(record: Record, where: str, tokenizer: chat.ChatTokenizer) -> c
         raise DataError(f"{where}: field '{record.field}': {error}") from None
 
 
+Chunk: TypeAlias = tuple[npt.NDArray[np.uint64], list[BadSample]]
+
+
 @dataclass(frozen=True)
 class _Check:
-    """Looks at records and fills in their entries of a Survey's arrays."""
+    """Looks at records: parses and tokenises their words, opens their images."""
 
     source: Source
     form: Format
     look: Look
     tokenizer: chat.ChatTokenizer
-    arrays: dict[str, npt.NDArray[Any]]
 
-    def run(self, indices: Sequence[int]) -> tuple[BadSample, ...]:
+    def run(self, indices: Sequence[int], arrays: dict[str, npt.NDArray[Any]]) -> tuple[BadSample, ...]:
+        """Look at these records and fill in their entries of a Survey's arrays."""
+        chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
         bad: list[BadSample] = []
         progress = Progress(len(indices), "checking data")
-        pool = ThreadPoolExecutor(os.cpu_count() or 1)
-        try:
-            for start in range(0, len(indices), CHUNK):
-                chunk = indices[start : start + CHUNK]
-                waiting = [(index, *self._start(index, pool)) for index in chunk]
-                for index, words, probes in waiting:
-                    bad += self._finish(index, words, [probe.result() for probe in probes])
-                if start + CHUNK < len(indices):
-                    progress.advance(len(chunk))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for chunk, (rows, odd) in zip(chunks, self._results(chunks), strict=True):
+            for column, name in enumerate(ARRAYS):
+                arrays[name][list(chunk)] = rows[:, column]
+            bad += odd
+            if progress.done + len(chunk) < len(indices):
+                progress.advance(len(chunk))
         return tuple(bad)
 
-    def _start(self, index: int, pool: ThreadPoolExecutor) -> tuple[bytes, list[Future[Probe]]]:
-        """Check one record's words here while its images are decoded on other threads."""
-        where = self.source.where(index)
-        record = parse(self.source[index], where, self.form, self.look.root)
-        self.arrays["tokens"][index] = len(conversation(record, where, self.tokenizer).ids)
-        self.arrays["images"][index] = len(record.images)
-        words = digest(json.dumps(record.messages).encode())
-        return words, [pool.submit(probe, image, self.look.decode) for image in record.images]
+    def _results(self, chunks: Sequence[Sequence[int]]) -> Iterator[Chunk]:
+        """Results in order; more than a few chunks are shared out to processes."""
+        workers = min(os.cpu_count() or 1, len(chunks) // 2)
+        if workers < 2:
+            yield from map(self.chunk, chunks)
+            return
+        # forked processes inherit the open source and the tokenizer, and load nothing again
+        context = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(workers, context, initializer=_adopt, initargs=(self,))
+        try:
+            yield from pool.map(_chunk, chunks)
+        except BrokenProcessPool:
+            raise DataError(f"{self.source.where(chunks[0][0])}: a checking process was killed; free memory") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    def _finish(self, index: int, words: bytes, probes: Sequence[Probe]) -> list[BadSample]:
-        digests = [found.digest for found in probes]
-        self.arrays["group"][index] = _number(digests[0] if digests else words)
-        self.arrays["content"][index] = _number(digest(words + b"".join(digests)))
-        problem = next((found.problem for found in probes if found.problem), None)
-        return [BadSample(index, self.source.where(index), problem)] if problem else []
+    def chunk(self, indices: Sequence[int]) -> Chunk:
+        rows = np.zeros((len(indices), len(ARRAYS)), np.uint64)
+        bad: list[BadSample] = []
+        for row, index in enumerate(indices):
+            where = self.source.where(index)
+            record = parse(self.source[index], where, self.form, self.look.root)
+            tokens = len(conversation(record, where, self.tokenizer).ids)
+            words = digest(json.dumps(record.messages).encode())
+            probes = [probe(image, self.look.decode) for image in record.images]
+            digests = [found.digest for found in probes]
+            group, content = digests[0] if digests else words, digest(words + b"".join(digests))
+            rows[row] = tokens, len(probes), int.from_bytes(group, "little"), int.from_bytes(content, "little")
+            if problem := next((found.problem for found in probes if found.problem), None):
+                bad.append(BadSample(index, where, problem))
+        return rows, bad
+
+
+_adopted: list[_Check] = []
+
+
+def _adopt(check: _Check) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    _adopted[:] = [check]
+
+
+def _chunk(indices: Sequence[int]) -> Chunk:
+    return _adopted[0].chunk(indices)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Processes of one machine that open the same data take turns: the first looks, the others recall."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.with_suffix(".lock").open("w")
+    except OSError:  # a read-only home: everybody looks
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _key(source: Source, look: Look, form: Format, tokenizer: chat.ChatTokenizer) -> str:
@@ -191,7 +237,3 @@ def _recall(file: Path) -> tuple[dict[str, npt.NDArray[Any]], list[int]] | None:
             return {name: kept[name] for name in ARRAYS}, kept["bad"].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-
-
-def _number(digest: bytes) -> int:
-    return int.from_bytes(digest, "little")

@@ -209,8 +209,8 @@ def test_the_check_is_remembered_until_the_data_changes(
     data = data_sets.WRITERS["messages jsonl"](tmp_path, found)
     first = opened(data, student)
     looked: list[int] = []
-    original = survey._Check._start
-    monkeypatch.setattr(survey._Check, "_start", lambda self, i, pool: looked.append(i) or original(self, i, pool))
+    original = survey._Check.chunk
+    monkeypatch.setattr(survey._Check, "chunk", lambda self, chunk: looked.extend(chunk) or original(self, chunk))
     again = opened(data, student)
     assert not looked
     assert (again.lengths == first.lengths).all()
@@ -218,6 +218,27 @@ def test_the_check_is_remembered_until_the_data_changes(
         f.write(data.read_text().splitlines()[0] + "\n")
     assert len(opened(data, student)) == 51
     assert looked == list(range(51))
+
+
+def test_several_processes_find_what_one_finds(
+    student: Checkpoint, found: list[data_sets.Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distill.data import survey
+
+    data = data_sets.WRITERS["llava tar shards"](tmp_path, found)
+    alone = opened(data, student).survey
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(survey, "CHUNK", 4)
+    monkeypatch.setattr(survey.os, "cpu_count", lambda: 2)
+    shared = opened(data, student).survey
+    for name in survey.ARRAYS:
+        assert (getattr(alone, name) == getattr(shared, name)).all()
+    lines = [data_sets.llava(sample, ()) for sample in found if not sample.images]
+    for number in (7, 9):
+        lines[number] = {"conversations": number}
+    monkeypatch.setattr(survey, "CHUNK", 2)
+    with pytest.raises(DataError, match=r"record 7.*got 7"):
+        opened(data_sets.json_lines(tmp_path / "bad.jsonl", lines), student)
 
 
 def test_lengths_are_known_without_images_and_equal_the_examples(
