@@ -35,6 +35,7 @@ def parser() -> Parser:
     _profile(commands)
     _compare(commands)
     _eval(commands)
+    _serve(commands)
     _doctor(commands)
     return root
 
@@ -142,6 +143,31 @@ def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--task", default="digits", help="digits (default)")
     command.add_argument("--samples", type=int, default=200, help="(default: %(default)s)")
     command.add_argument("--seed", type=natural, default=0, help="another set of test images (default: %(default)s)")
+    _loading(command)
+
+
+def _serve(commands: argparse._SubParsersAction[Parser]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from dataclasses import replace
+
+        from runtime.serve_command import serve
+
+        return serve(arguments, replace(load_options(arguments), queue_size=arguments.queue))
+
+    example = "serve artifacts/student-gguf --port 8080"
+    command = _add(commands, "serve", "OpenAI-compatible HTTP server for one artefact.", example, run)
+    command.add_argument("artifact", type=Path, metavar="ARTEFACT", help="artefact or checkpoint directory")
+    command.add_argument("--host", default="127.0.0.1", help="another needs an API key (default: %(default)s)")
+    command.add_argument("--port", type=natural, default=8080, help="0 takes a free one (default: %(default)s)")
+    command.add_argument("--api-key", default="", metavar="KEY", help="better: the variable ALIGN_EDGE_API_KEY")
+    command.add_argument("--name", default="", help="model name clients see (default: the folder's)")
+    command.add_argument("--queue", type=int, default=8, help="requests that may wait (default: %(default)s)")
+    command.add_argument(
+        "--deadline", type=seconds, default=300.0, metavar="S", help="per answer (default: %(default)s)"
+    )
+    command.add_argument("--max-new-tokens", type=int, default=2048, help="longest answer (default: %(default)s)")
+    command.add_argument("--max-images", type=int, default=8, help="per conversation (default: %(default)s)")
+    command.add_argument("--max-body-mb", type=natural, default=16, help="per request (default: %(default)s)")
     _loading(command)
 
 

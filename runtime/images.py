@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,18 @@ def decode_image(encoded: EncodedImage) -> Image:
         return from_pillow(preprocess.open_image(encoded.data))
     except BadImage as error:
         raise BadImage(error.message.replace("the image", encoded.name, 1)) from None
+
+
+def image_size(encoded: EncodedImage) -> tuple[int, int]:
+    """Width and height from the header alone.
+
+    Raises:
+        BadImage: not an allowed format.
+    """
+    try:
+        return Pillow.open(io.BytesIO(encoded.data), formats=preprocess.FORMATS).size
+    except Exception:  # a decoder may raise anything over a hostile header
+        raise BadImage(f"{encoded.name} is not a readable image; allowed: {', '.join(preprocess.FORMATS)}") from None
 
 
 def from_pillow(image: Pillow.Image) -> Image:
