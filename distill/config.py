@@ -148,6 +148,7 @@ class TrainConfig:
         eval_data: data set for evaluation, read like data.
         holdout: records of the data kept out of training for evaluation, chosen by content.
         group_by_length: put records of similar length into one batch (data sets only).
+        streaming: read an hf: data set or parquet files row by row, without a copy on this disk.
         objective: one of sft, kd, kd+iva, kd+tpa, align-ti.
         out: run directory, the student is written to OUT/student; the default makes a new dated folder under runs/.
         resume: go on from the last complete checkpoint in OUT, with the options stored there.
@@ -204,6 +205,7 @@ class TrainConfig:
     eval_data: Path | None = None
     holdout: int = 0
     group_by_length: bool = True
+    streaming: bool = False
     objective: str = "align-ti"
     out: Path = NEW_RUN
     resume: bool = False
@@ -285,9 +287,12 @@ class TrainConfig:
             raise UserError(f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}")
         if not self.terms:
             raise UserError(f"every term of objective {self.objective!r} has weight 0; nothing would be trained")
-        for name, unset in (("images", None), ("format", "auto"), ("eval_data", None), ("holdout", 0)):
+        needs_data = {"images": None, "format": "auto", "eval_data": None, "holdout": 0, "streaming": False}
+        for name, unset in needs_data.items():
             if self.data is None and getattr(self, name) != unset:
                 raise UserError(f"{name} {str(getattr(self, name))!r} without data; add --data F")
+        if self.streaming and self.holdout:
+            raise UserError(f"holdout {self.holdout}: a stream is not read to its end first; use --eval_data F")
         held_out = self.eval_data is not None or self.holdout
         if self.eval_every and self.data is not None and not held_out:
             raise UserError(

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from distill import checkpoint, processes
 from distill.config import TrainConfig
-from distill.data import Collator, Examples, LengthGrouped, Records, to_batch
+from distill.data import Collator, Examples, to_batch, train_sampler
 from distill.distiller import Distiller, blank_image
 from distill.groups import build_optimizer
 from distill.objective import Normaliser, Objective
@@ -164,11 +164,9 @@ class DistillTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        examples = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(examples, Records) or not self.config.group_by_length:
-            return super()._get_train_sampler(train_dataset)
         step = self.config.batch_size * self.config.accumulate * processes.world()
-        return LengthGrouped(examples, step, self.config.seed)
+        sampler = train_sampler(self.train_dataset, step, self.config.seed, self.config.group_by_length)
+        return sampler or super()._get_train_sampler(train_dataset)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         step, metrics = self._evaluated

@@ -10,8 +10,9 @@ from distill.data.records import (
     open_records,
     write_skipped,
 )
-from distill.data.sampler import LengthGrouped
-from distill.data.split import Split, open_split
+from distill.data.sampler import LengthGrouped, train_sampler
+from distill.data.split import Split, open_split, open_streaming_split
+from distill.data.stream import Streamed, StreamOptions
 
 __all__ = [
     "Collator",
@@ -23,11 +24,15 @@ __all__ = [
     "LlavaJson",
     "Records",
     "Split",
+    "StreamOptions",
+    "Streamed",
     "batches",
     "check_lengths",
     "hold_out",
     "open_records",
     "open_split",
+    "open_streaming_split",
     "to_batch",
+    "train_sampler",
     "write_skipped",
 ]

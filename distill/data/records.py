@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,13 @@ class DataOptions:
     format: Format | None = None
     on_bad_image: OnBadImage = "stop"
     decode: bool = True
+
+
+@runtime_checkable
+class WritesSkipped(Protocol):
+    """A data set that may leave records out."""
+
+    def write_skipped(self, folder: Path) -> None: ...
 
 
 class Records(Dataset):  # type: ignore[type-arg]
@@ -105,6 +112,10 @@ class Records(Dataset):  # type: ignore[type-arg]
     def subset(self, numbers: npt.NDArray[np.int64]) -> Records:
         """The same data set with other records of it."""
         return Records(self.source, self.survey, self.root, numbers, self.tokenizer, self.image)
+
+    def write_skipped(self, folder: Path) -> None:
+        if self.survey.bad:
+            write_bad(self.survey.bad, folder / SKIPPED)
 
     def describe(self) -> dict[str, object]:
         """What a student's provenance says about its data."""
@@ -188,8 +199,8 @@ def write_bad(bad: Sequence[BadSample], file: Path) -> None:
 
 def write_skipped(examples: object, folder: Path) -> None:
     """List what a run leaves out in FOLDER/skipped.jsonl; nothing is written where nothing was left out."""
-    if isinstance(examples, Records) and examples.survey.bad:
-        write_bad(examples.survey.bad, folder / SKIPPED)
+    if isinstance(examples, WritesSkipped):
+        examples.write_skipped(folder)
 
 
 def hold_out(records: Records, count: int) -> tuple[Records, Records]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 
 from distill.data.records import Records
+from distill.data.stream import Streamed
 
 
 class LengthGrouped(Sampler[int]):
@@ -41,3 +43,14 @@ class LengthGrouped(Sampler[int]):
             grouped = torch.cat([grouped[:1], grouped[1:][torch.randperm(whole - 1, generator=generator)]])
         yield from grouped.flatten().tolist()
         yield from order[whole * self.batch :]
+
+
+def train_sampler(examples: Any, batch: int, seed: int, group_by_length: bool) -> Sampler[int] | None:
+    """The order a data set asks for; None leaves it to the caller.
+
+    Args:
+        batch: samples of one optimiser step over all processes and micro-batches.
+    """
+    if isinstance(examples, Streamed):  # it mixes its rows itself, and can only be read forwards
+        return SequentialSampler(examples)
+    return LengthGrouped(examples, batch, seed) if group_by_length and isinstance(examples, Records) else None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from distill.data.records import DataOptions, Records, hold_out, open_records
+from distill.data.stream import Streamed, StreamOptions
 from vlm import chat, preprocess
 from vlm.console import note
 from vlm.errors import DataError
@@ -19,7 +20,7 @@ from vlm.files import sha256_file
 class Split:
     """Records by use, and what provenance says about them."""
 
-    train: Records
+    train: Records | Streamed
     validation: Records | None
     test: Records | None
     description: dict[str, Any]
@@ -61,6 +62,27 @@ def open_split(
         description |= {"samples": len(train), "holdout": len(validation)}
         note(f"data: {len(validation)} records held out for evaluation, {len(train)} left for training")
     return Split(train, validation, test, description)
+
+
+def open_streaming_split(
+    data: Path,
+    eval_data: Path | None,
+    options: DataOptions,
+    stream: StreamOptions,
+    tokenizer: chat.ChatTokenizer,
+    image: preprocess.ImageSpec,
+) -> Split:
+    """Training data that is streamed; what is held out comes from a data set of its own.
+
+    Raises:
+        DataError: one of the data sets cannot be used.
+    """
+    train = Streamed(data, options, stream, tokenizer, image)
+    test = None
+    if eval_data is not None:
+        test = open_records(eval_data, options, tokenizer, image, stream.context)
+    description = train.describe() | ({"eval": test.describe()} if test else {})
+    return Split(train, test, test, description)
 
 
 def _refuse_shared(train: Records, test: Records, eval_data: Path) -> None:
