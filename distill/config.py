@@ -120,6 +120,35 @@ class LearningRates:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters; they and the projector train, everything else stays fixed.
+
+    Attributes:
+        r: rank; 0 trains the weights themselves.
+        alpha: adapters are scaled by alpha / r.
+        dropout: before each adapter; not with layouts that run the gold sequence twice.
+        targets: `auto` (every linear layer of the decoder) or a regular expression of module names.
+        vision: adapt the vision tower too.
+    """
+
+    r: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = "auto"
+    vision: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise UserError(f"lora.r must be 0 (off) or more, got {self.r}")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha must be above 0 and finite, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is a share from 0 to below 1, got {self.dropout}")
+        if not self.r and (self.dropout or self.targets != "auto" or self.vision):
+            raise UserError("lora options without a rank; add --lora.r 16 or drop them")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -181,6 +210,7 @@ class TrainConfig:
         report_to: comma-separated loggers: tensorboard, trackio, wandb; or none.
         visual_every: steps between checks that answers depend on the image (visual_gain); 0 never checks.
         visual_samples: samples a check looks at.
+        lora: low-rank adapters instead of full fine-tuning.
         lrs: peak learning rates by part of the model.
         weights: weights of the loss terms.
         align: settings of the distillation terms.
@@ -237,6 +267,7 @@ class TrainConfig:
     report_to: str = "tensorboard"
     visual_every: int = 50
     visual_samples: int = 32
+    lora: Lora = field(default_factory=Lora)
     lrs: LearningRates = field(default_factory=LearningRates)
     weights: LossWeights = field(default_factory=LossWeights)
     align: Align = field(default_factory=Align)
@@ -279,6 +310,15 @@ class TrainConfig:
             raise UserError("an assembled student needs both --vision_tower and --llm (a LLaVA checkpoint has a tower)")
         if self.llm is not None and self.student is not None:
             raise UserError("--student and --llm both say what the student is; drop one")
+        if self.lora.dropout and "tpa" in self.terms and (self.align.layout != "cached" or self.gradient_checkpointing):
+            raise UserError(
+                "lora.dropout needs align.layout cached without gradient_checkpointing: other layouts run the gold "
+                "sequence twice, with different dropout; set lora.dropout 0"
+            )
+        if self.lora.r and self.fsdp:
+            raise UserError(
+                "lora with fsdp is not supported: the frozen weights are not sharded; use plain torchrun (DDP)"
+            )
         if self.feature_layer == 0:
             raise UserError("feature_layer counts from 1 (after the first block) or from -1 (after the last), got 0")
         if self.projector_lr and self.lrs.projector and self.projector_lr != self.lrs.projector:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from distill import compose, presets
+from distill import compose, groups, lora, presets
 from distill.assemble import build_model
 from distill.config import TrainConfig
 from vlm.errors import CheckpointError, UserError
@@ -60,6 +60,17 @@ def open_student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Mo
     if config.student_layers:
         return _open(compose.shorten(source, config.student_layers, config.out / INITIAL))
     return _open(source.directory)
+
+
+def prepare(config: TrainConfig, student: nn.Module) -> None:
+    """Adapters, then the freeze list.
+
+    Raises:
+        UserError: an option names nothing in this student.
+    """
+    if config.lora.r:
+        lora.attach(student, config.lora)
+    groups.freeze(student, f"{config.freeze},{'vision' if config.freeze_vision else ''}")
 
 
 def _open(directory: Path) -> tuple[nn.Module, Checkpoint]:

@@ -16,19 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill import checkpoint, evaluate, groups, irs, models, presets, processes, report, visual
+from distill import checkpoint, evaluate, groups, irs, lora, models, presets, processes, report, visual
 from distill.assemble import save_checkpoint
-from distill.config import Align, LearningRates, LossWeights, TrainConfig
-from distill.data import (
-    Collator,
-    DataOptions,
-    DigitsExamples,
-    Examples,
-    StreamOptions,
-    open_split,
-    open_streaming_split,
-    write_skipped,
-)
+from distill.config import Align, LearningRates, Lora, LossWeights, TrainConfig
+from distill.data import Collator, DataOptions, DigitsExamples, Examples, open_split, write_skipped
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
 from distill.reporter import check_loggers
@@ -238,7 +229,7 @@ def load_run(config: TrainConfig) -> Run:
         teacher = load_model(teacher_source).requires_grad_(False)
         if torch.cuda.is_available():
             teacher = teacher.to("cuda")
-    groups.freeze(student, f"{config.freeze},{'vision' if config.freeze_vision else ''}")
+    models.prepare(config, student)
     return Run(config, student, student_source, teacher, teacher_source, data, vocabulary)
 
 
@@ -254,15 +245,15 @@ def _data(config: TrainConfig, student: Checkpoint) -> Data:
     if config.data is None:
         raise UserError("no data to train on; pass --data F --images D or --preset digits")
     form = None if config.format == "auto" else config.format
-    options = DataOptions(config.images, form, config.on_bad_image, config.check_images == "decode")
-    context = int(student.config["text_config"].get("max_position_embeddings", 32768))
-    read = student.tokenizer, student.image
-    if config.streaming:
-        asked = config.steps * config.batch_size * config.accumulate * processes.world()
-        stream = StreamOptions(asked, config.seed, context)
-        split = open_streaming_split(config.data, config.eval_data, options, stream, *read)
-    else:
-        split = open_split(config.data, config.eval_data, config.holdout, options, *read, context)
+    split = open_split(
+        config.data,
+        config.eval_data,
+        config.holdout,
+        DataOptions(config.images, form, config.on_bad_image, config.check_images == "decode"),
+        student.tokenizer,
+        student.image,
+        int(student.config["text_config"].get("max_position_embeddings", 32768)),
+    )
     return Data(split.train, split.validation, split.test, split.description)
 
 
@@ -289,6 +280,10 @@ def _finish(run: Run, trainer: DistillTrainer, collate: Collator) -> TrainResult
     if best is not None:
         processes.say(f"the student is the best one, of {best.name.replace('-', ' ')}")
         trainer.load_weights(best)
+    if lora.attached(run.student):
+        base = str(run.student_source.directory)
+        processes.first(lambda: lora.save_adapter(run.student, config.out / "adapter", base))
+        lora.merge(run.student)
     dtype = getattr(torch, config.save_dtype)
     with torch.no_grad():
         for parameter in run.student.parameters():
@@ -353,6 +348,6 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 
 def config_from_json(value: dict[str, Any]) -> TrainConfig:
     paths = {name: Path(value[name]) for name in ("data", "images", "eval_data", "out") if value.get(name) is not None}
-    made = {"lrs": LearningRates, "weights": LossWeights, "align": Align}
+    made = {"lora": Lora, "lrs": LearningRates, "weights": LossWeights, "align": Align}
     nested = {name: make(**value[name]) for name, make in made.items() if name in value}
     return TrainConfig(**{**value, **paths, **nested})
