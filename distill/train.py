@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from distill import checkpoint, evaluate, groups, irs, lora, models, presets, processes, report, visual
 from distill.assemble import save_checkpoint
 from distill.config import Align, LearningRates, Lora, LossWeights, TrainConfig
-from distill.data import Collator, DataOptions, DigitsExamples, Examples, open_split, write_skipped
+from distill.data import (
+    Collator,
+    DataOptions,
+    DigitsExamples,
+    Examples,
+    StreamOptions,
+    open_split,
+    open_streaming_split,
+    write_skipped,
+)
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
 from distill.reporter import check_loggers
@@ -245,15 +254,15 @@ def _data(config: TrainConfig, student: Checkpoint) -> Data:
     if config.data is None:
         raise UserError("no data to train on; pass --data F --images D or --preset digits")
     form = None if config.format == "auto" else config.format
-    split = open_split(
-        config.data,
-        config.eval_data,
-        config.holdout,
-        DataOptions(config.images, form, config.on_bad_image, config.check_images == "decode"),
-        student.tokenizer,
-        student.image,
-        int(student.config["text_config"].get("max_position_embeddings", 32768)),
-    )
+    options = DataOptions(config.images, form, config.on_bad_image, config.check_images == "decode")
+    context = int(student.config["text_config"].get("max_position_embeddings", 32768))
+    read = student.tokenizer, student.image
+    if config.streaming:
+        asked = config.steps * config.batch_size * config.accumulate * processes.world()
+        stream = StreamOptions(asked, config.seed, context)
+        split = open_streaming_split(config.data, config.eval_data, options, stream, *read)
+    else:
+        split = open_split(config.data, config.eval_data, config.holdout, options, *read, context)
     return Data(split.train, split.validation, split.test, split.description)
 
 
