@@ -22,6 +22,7 @@ COMMANDS = {
     "check": ("distill.check", "dry run: token alignment, memory, time, disk, and whether the images are looked at"),
     "cache": ("distill.cache_command", "run the teacher over the data once; train --teacher_cache reads what it said"),
     "irs": ("distill.irs_command", "which teacher layer's attention follows the instruction (--align.iva_layer)"),
+    "report": ("distill.report_html", "write OUT/report.html again, beside other runs if you like"),
     "compare": ("distill.compare", "objectives x seeds at equal steps and at equal time"),
     "teacher": ("distill.__main__", "train the teacher of a preset"),
 }
@@ -36,6 +37,7 @@ examples:
   python -m distill train --preset digits --objective sft --seed 1 --out runs/sft
   python -m distill train --config recipe.yaml
   python -m distill train --resume --out runs/mine
+  python -m distill report runs/mine --compare_to runs/sft runs/kd
   python -m distill compare --preset digits --objectives sft,kd,align-ti --seeds 3
 """
 
@@ -101,7 +103,11 @@ def _train(argv: list[str]) -> int:
     except KeyboardInterrupt:
         note(f"stopped; go on with: python -m distill train --resume --out {out}")
         raise
-    _print(result, request.extra["json"])
+    if stages.is_main_process():
+        from distill.report_html import finish
+
+        finish(out)
+        _print(result, request.extra["json"])
     return 0
 
 
