@@ -75,12 +75,35 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return _status("VmHWM") - before
 
 
+def peak_total_bytes(call: Callable[[], Any]) -> int:
+    """Most bytes in use during a call, weights and optimiser state included; same methods as `peak_bytes`."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated())
+    Path("/proc/self/clear_refs").write_text("5")
+    call()
+    return _status("VmHWM")
+
+
 def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(name))
 
 
-def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call, A B C A B C ..., each round starting with another side."""
+def in_turns(
+    sides: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of every call, A B C A B C ..., each round starting with another side.
+
+    Args:
+        clock: `time.process_time` counts processor seconds, which other processes on a busy machine lengthen less.
+    """
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -88,12 +111,12 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 
     for turn in range(warmup + rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            started = time.perf_counter()
+            started = clock()
             sides[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
