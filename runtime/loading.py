@@ -13,15 +13,17 @@ from runtime.options import LoadOptions, options_from
 from vlm.errors import UserError
 from vlm.manifest import NAME, read_manifest
 
-BACKENDS = ("torch", "onnx", "gguf", "tensorrt", "fake")
+BACKENDS = ("torch", "onnx", "gguf", "tensorrt", "openai", "fake")
+ADDRESSES = ("http://", "https://")
 
 
 def load(artifact: str | Path, backend: str = "auto", **options: Any) -> Engine:
     """Check an artefact's files, load it and start its worker.
 
     Args:
-        artifact: directory with a manifest.json, or a LLaVA checkpoint directory (PyTorch).
-        backend: one of BACKENDS, or `auto`: the manifest's format, `torch` for a checkpoint.
+        artifact: directory with a manifest.json, a LLaVA checkpoint directory (PyTorch), or the address of an
+            OpenAI-compatible server.
+        backend: one of BACKENDS, or `auto`: the manifest's format, `torch` for a checkpoint, `openai` for an address.
         options: fields of `runtime.options.LoadOptions` (threads, device, context, queue_size).
 
     Raises:
@@ -35,6 +37,13 @@ def load(artifact: str | Path, backend: str = "auto", **options: Any) -> Engine:
     Pillow.preinit()  # its decoders load on first use otherwise: the first request would pay for it
     if backend == "fake":
         return engine_of(_fake(Path(artifact), chosen), chosen)
+    is_address = str(artifact).startswith(ADDRESSES)
+    if is_address != (backend == "openai") and backend != "auto":
+        raise UserError(f"backend openai takes an address and nothing else does; got {artifact}; use `--backend auto`")
+    if is_address:
+        from runtime.backend_openai import open_url
+
+        return engine_of(open_url(str(artifact), chosen), chosen)
     return engine_of(_open(Path(artifact), backend, chosen), chosen)
 
 
