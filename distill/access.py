@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.batch import Batch
+from distill.distiller import is_sharded
 from vlm.errors import CheckpointError
 
 
@@ -52,18 +53,29 @@ def embed(model: nn.Module, batch: Batch) -> Tensor:
     llava = model.model
     embeds_BTD = llava.get_input_embeddings()(batch.input_ids_BT)
     if batch.pixels_NCHW is None or len(batch.pixels_NCHW) == 0:
+        if is_sharded(model):  # other processes may have images, and this one must follow them through the tower
+            return embeds_BTD + 0.0 * _features(model, _blank(model, embeds_BTD)).sum().to(embeds_BTD.dtype)
         return embeds_BTD
+    flat = _features(model, batch.pixels_NCHW).to(embeds_BTD.dtype)
+    if flat.shape[0] != int(batch.image_BT.sum()):
+        raise ValueError(f"{int(batch.image_BT.sum())} image tokens but {flat.shape[0]} image features")
+    return embeds_BTD.masked_scatter(batch.image_BT[..., None], flat)
+
+
+def _features(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
     config = model.config
-    features = llava.get_image_features(
-        pixel_values=batch.pixels_NCHW,
+    features = model.model.get_image_features(
+        pixel_values=pixels_NCHW,
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         return_dict=True,
     ).pooler_output
-    flat = torch.cat(list(features), dim=0).to(embeds_BTD.dtype)
-    if flat.shape[0] != int(batch.image_BT.sum()):
-        raise ValueError(f"{int(batch.image_BT.sum())} image tokens but {flat.shape[0]} image features")
-    return embeds_BTD.masked_scatter(batch.image_BT[..., None], flat)
+    return torch.cat(list(features), dim=0)
+
+
+def _blank(model: nn.Module, like: Tensor) -> Tensor:
+    vision = model.config.vision_config
+    return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=like.device)
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,8 @@ def no_space(out: Path) -> UserError:
 
 
 def is_adapted(student: nn.Module) -> bool:
-    """Whether the student is wrapped by peft, whose own directory format holds the adapters only."""
-    return hasattr(student, "peft_config")
+    """Whether the student carries adapters: its trained weights then have names no plain model knows."""
+    return any("lora_" in name for name, _ in student.named_parameters())
 
 
 def save_student(student: Any, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
-
-from distill.batch import Batch
+from torch import nn
 
 T = TypeVar("T")
 
@@ -44,19 +41,8 @@ def _indivisible(student: nn.Module) -> set[str]:
     return found
 
 
-def blank_image(student: Any, batch: Batch) -> Tensor | float:
-    """Zero, computed through the vision tower when a batch has no image.
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards parts of a module: then every process must pass through them equally often."""
+    from torch.distributed.fsdp import FSDPModule
 
-    With a sharded student every process must pass through the same modules in the same order, whatever it was dealt.
-    """
-    if batch.pixels_NCHW is not None and len(batch.pixels_NCHW):
-        return 0.0
-    vision = student.config.vision_config
-    pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=batch.input_ids_BT.device)
-    features = student.model.get_image_features(
-        pixel_values=pixels,
-        vision_feature_layer=student.config.vision_feature_layer,
-        vision_feature_select_strategy=student.config.vision_feature_select_strategy,
-        return_dict=True,
-    ).pooler_output
-    return sum((feature.sum() * 0.0 for feature in features), start=torch.zeros((), device=pixels.device))
+    return any(isinstance(part, FSDPModule) for part in module.modules())

@@ -167,6 +167,12 @@ def arrange(
     return Candidates(ids_BC, place_BC, weight_BC, keep_BC)
 
 
+def no_candidates(input_ids_BT: Tensor) -> Candidates:
+    """One slot a sample that holds no candidate."""
+    zero_B1 = torch.zeros_like(input_ids_BT[:, :1])
+    return Candidates(zero_B1, zero_B1, zero_B1.float(), zero_B1.bool())
+
+
 def candidate_mask(candidates: Candidates, attention_mask_BT: Tensor) -> Tensor:
     """Which keys [gold T | candidates C] each candidate may see: its gold prefix and itself.
 

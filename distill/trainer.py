@@ -16,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from distill import checkpoint, processes
 from distill.config import TrainConfig
 from distill.data import Collator, Examples, to_batch, train_sampler
-from distill.distiller import Distiller, blank_image
+from distill.distiller import Distiller, is_sharded
 from distill.groups import build_optimizer
 from distill.objective import Normaliser, Objective
 from distill.reporter import Reporter, loggers
@@ -87,6 +87,15 @@ class DistillTrainer(Trainer):
         finally:
             self._reporter.release()
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if processes.world() > 1:
+            how = (
+                "the student sharded over them (FSDP2)" if is_sharded(self.model) else "each with a copy of the student"
+            )
+            processes.say(f"{processes.world()} processes, {how}")
+        return prepared
+
     def on_student(self, work: Callable[[nn.Module], T], train: bool = False) -> T:
         """Run work that reads the student's weights; with a sharded student, in every process alike."""
         model = self.model_wrapped if train else self.model
@@ -130,9 +139,7 @@ class DistillTrainer(Trainer):
         seeds = self._seeds(len(batch.input_ids_BT))
 
         def work(student: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-            blank = blank_image(student, batch) if self.is_fsdp_enabled else 0.0
-            loss, values = self.objective(student, batch, normaliser, seeds)
-            return loss + blank, values
+            return self.objective(student, batch, normaliser, seeds)
 
         loss, values = self.on_student(work, train=True)
         # all processes must give up together, or the others wait for this one for ever
@@ -160,7 +167,9 @@ class DistillTrainer(Trainer):
         step = self.state.global_step
         if self.inspect is not None and step % self.config.visual_every == 0 and step != self._inspected:
             self._inspected = step
+            due = self.control.should_log
             self.log(self.inspect(self, step))
+            self.control.should_log = due  # logging clears it, and the losses are still to be logged
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -304,7 +313,7 @@ class _Window:
         if self.values:
             names = sorted(self.values)
             sums = processes.total(torch.stack([self.values[name] for name in names])) / self.steps
-            logs = {name: round(value, 6) for name, value in zip(names, sums.tolist(), strict=True)}
+            logs = {name: round(value, 8) for name, value in zip(names, sums.tolist(), strict=True)}
         seconds = time.monotonic() - self.started
         logs |= {"step_seconds": round(seconds / self.steps, 4), "tokens_per_second": round(self.tokens / seconds, 1)}
         self.__init__()  # type: ignore[misc]
