@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from vlm.errors import CheckpointError
 from vlm.load import Checkpoint
 
@@ -12,20 +14,66 @@ def shared_vocabulary(teacher: Checkpoint, student: Checkpoint) -> int:
     Same-family models may pad their embeddings differently (152064 against 151936 rows); the shared part is used.
 
     Raises:
-        CheckpointError: tokenizers, templates, pixels or visual token counts differ.
+        CheckpointError: tokenizers, special tokens, templates, pixels or visual token counts differ; names the first
+            difference.
     """
-    ours, theirs = student.tokenizer, teacher.tokenizer
-    if ours.tokenizer.get_vocab(with_added_tokens=True) != theirs.tokenizer.get_vocab(with_added_tokens=True):
-        raise CheckpointError(
-            f"the tokenizers of {teacher.directory} and {student.directory} differ; distil within one tokenizer family"
-        )
-    if ours.spec.template != theirs.spec.template:
-        raise CheckpointError(
-            f"the chat templates of {teacher.directory} and {student.directory} differ; use one for both"
-        )
-    if teacher.image != student.image:
-        raise CheckpointError(
-            f"teacher and student see different pixels ({teacher.image} and {student.image}); use towers with one input"
-        )
+    pair = f"teacher {teacher.directory} and student {student.directory}"
+    for difference in (_tokens(teacher, student), _specials(teacher, student), _template(teacher, student)):
+        if difference:
+            raise CheckpointError(f"{pair} do not match: {difference}")
+    if seen := _pixels(teacher, student):
+        raise CheckpointError(f"{pair} see different pixels: {seen}; use towers with one input")
     sizes = [int(checkpoint.config["text_config"]["vocab_size"]) for checkpoint in (teacher, student)]
     return min(sizes)
+
+
+def _tokens(teacher: Checkpoint, student: Checkpoint) -> str:
+    theirs, ours = (
+        {token_id: token for token, token_id in side.tokenizer.tokenizer.get_vocab(with_added_tokens=True).items()}
+        for side in (teacher, student)
+    )
+    for token_id in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(token_id) != ours.get(token_id):
+            return (
+                f"the tokenizers differ, token {token_id} is {_shown(theirs.get(token_id))} in the teacher and {_shown(ours.get(token_id))} "
+                "in the student; distil within one tokenizer family"
+            )
+    return ""
+
+
+def _shown(token: str | None) -> str:
+    return "missing" if token is None else repr(token)
+
+
+def _specials(teacher: Checkpoint, student: Checkpoint) -> str:
+    theirs, ours = teacher.tokenizer.spec, student.tokenizer.spec
+    if theirs.image_token_id != ours.image_token_id:
+        return f"the image token is {theirs.image_token!r} in the teacher and {ours.image_token!r} in the student"
+    if not set(theirs.eos_token_ids) & set(ours.eos_token_ids):
+        return (
+            f"answers end with tokens {list(theirs.eos_token_ids)} in the teacher and {list(ours.eos_token_ids)} "
+            "in the student; set eos_token_id in generation_config.json"
+        )
+    return ""
+
+
+def _template(teacher: Checkpoint, student: Checkpoint) -> str:
+    theirs, ours = teacher.tokenizer.spec.template, student.tokenizer.spec.template
+    if theirs == ours:
+        return ""
+    at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
+    near = slice(max(at - 10, 0), at + 20)
+    return (
+        f"the chat templates differ at character {at}: {theirs[near]!r} in the teacher and {ours[near]!r} in the "
+        "student; use one chat_template.jinja for both"
+    )
+
+
+def _pixels(teacher: Checkpoint, student: Checkpoint) -> str:
+    theirs, ours = dataclasses.asdict(teacher.image), dataclasses.asdict(student.image)
+    # the token count first: it says most about why a pair cannot work
+    for name in sorted(theirs, key=lambda name: name != "tokens"):
+        if theirs[name] != ours[name]:
+            what = "visual tokens per image" if name == "tokens" else f"image {name}"
+            return f"{what} {theirs[name]} in the teacher and {ours[name]} in the student"
+    return ""
