@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.batch import Batch
 from distill.distiller import is_sharded
+from distill.packing import additive
 from vlm.errors import CheckpointError
 
 
@@ -90,10 +91,20 @@ class GoldPass:
 def gold_pass(model: nn.Module, batch: Batch, keep_cache: bool) -> GoldPass:
     """Run the decoder over the gold tokens, keeping keys and values when asked to."""
     embeds_BTD = embed(model, batch)
+    packing = batch.packing
+    if packing is None:
+        output = decoder(model)(
+            inputs_embeds=embeds_BTD,
+            attention_mask=batch.attention_mask_BT,
+            position_ids=batch.position_BT,
+            use_cache=keep_cache,
+        )
+        return GoldPass(output.last_hidden_state, embeds_BTD, output.past_key_values if keep_cache else None)
     output = decoder(model)(
-        inputs_embeds=embeds_BTD,
-        attention_mask=batch.attention_mask_BT,
-        position_ids=batch.position_BT,
+        inputs_embeds=packing.pack(embeds_BTD),
+        attention_mask=additive(packing.visible(), embeds_BTD.dtype),
+        position_ids=packing.pack(batch.position_BT),
         use_cache=keep_cache,
     )
-    return GoldPass(output.last_hidden_state, embeds_BTD, output.past_key_values if keep_cache else None)
+    cache = packing.unpack_cache(output.past_key_values) if keep_cache else None
+    return GoldPass(packing.unpack(output.last_hidden_state), embeds_BTD, cache)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.packing import Packing
+
 
 class AttentionTap:
     """Context manager that records what `rows` needs while a decoder runs forward.
@@ -24,9 +26,11 @@ class AttentionTap:
     Args:
         decoder: the language model (its `layers[i].self_attn` are tapped).
         layers: which layers.
+        packing: how the pass's samples share rows, if they do.
     """
 
-    def __init__(self, decoder: nn.Module, layers: Iterable[int]) -> None:
+    def __init__(self, decoder: nn.Module, layers: Iterable[int], packing: Packing | None = None) -> None:
+        self._packing = packing
         self._attention = {layer: decoder.layers[layer].self_attn for layer in layers}
         self._inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         self._handles: list[Any] = []
@@ -61,6 +65,8 @@ class AttentionTap:
             attention_BHIT, float32, causal and blind to padding.
         """
         hidden_BTD, (cos_BTE, sin_BTE) = self._inputs[layer]
+        if self._packing is not None:
+            hidden_BTD, cos_BTE, sin_BTE = map(self._packing.unpack, (hidden_BTD, cos_BTE, sin_BTE))
         module = self._attention[layer]
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         index = query_BI[..., None].expand(-1, -1, hidden_BTD.shape[-1])

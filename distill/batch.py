@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from distill.packing import Packing
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -16,6 +18,7 @@ class Batch:
 
     Attributes:
         token_weight_BT: weight of each trained token in the response terms; None weighs all alike.
+        packing: how samples share the decoder's rows; None gives each its own.
         key_B4: content keys of the samples (see distill.cache_key), for a teacher read from disk.
     """
 
@@ -27,6 +30,7 @@ class Batch:
     pixels_NCHW: Tensor | None
     token_weight_BT: Tensor | None = None
     key_B4: Tensor | None = None
+    packing: Packing | None = None
 
     @property
     def position_BT(self) -> Tensor:

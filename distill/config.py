@@ -59,9 +59,10 @@ class Align:
         sampling: how candidates are drawn from the student: independently (repeats merged), distinct ones, or the likeliest.
         drop_gold: skip candidates equal to the gold token; L_kd covers them already.
         layout: how candidates run; `cached` is cheapest, the others need no key/value cache.
+        packing: fill rows of the decoder with several samples; saves padding where lengths differ, the numbers stay the same.
         tpa_share: share of the response positions that get candidates, drawn anew each step; the loss stays unbiased.
         tpa_entropy: positions where the student's entropy (nats) is below this get no candidates.
-        iva_rows: visual positions a sample that L_iva is computed at, drawn by their weight (unbiased); 0 takes all.
+        iva_rows: L_iva is computed at most at so many visual positions a sample, drawn by their weight (unbiased); 0 takes all.
         iva_layer: teacher layer whose attention weights the visual tokens; -1 chooses it by IRS before training.
         irs_pairs: image-instruction pairs used to choose that layer.
     """
@@ -72,9 +73,10 @@ class Align:
     sampling: Sampling = "multinomial"
     drop_gold: bool = True
     layout: Layout = "cached"
+    packing: bool = False
     tpa_share: float = 1.0
     tpa_entropy: float = 0.0
-    iva_rows: int = 0
+    iva_rows: int = 32
     iva_layer: int = -1
     irs_pairs: int = 200
 

@@ -7,20 +7,21 @@ position, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from distill import access, attention, ribbon
+from distill import access, attention, packing, ribbon
 from distill.access import GoldPass
 from distill.access import embed as embed
 from distill.access import gold_pass as gold_pass
 from distill.batch import Batch as Batch
 from distill.batch import Normaliser as Normaliser
 from distill.config import Align, LossWeights
+from distill.distiller import is_sharded
 from distill.head import HeadLoss, RowLosses, Rows
-from distill.teacher import Teacher, TeacherPass, candidate_hidden
+from distill.teacher import Teacher, TeacherPass, candidate_hidden, fixed_candidates
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,22 @@ class Objective:
         """
         needs_teacher = bool(set(self.terms) - {"sft"})
         tpa, iva = "tpa" in self.terms, "iva" in self.terms
+        if self.align.packing:
+            batch = replace(batch, packing=packing.plan(batch.attention_mask_BT))
         gold = gold_pass(student, batch, keep_cache=tpa and self.align.layout == "cached")
         seen = self.teacher(batch, iva, tpa) if self.teacher is not None and needs_teacher else None
         key_B = _keys(batch, seeds)
         loss = HeadLoss(access.head(student), self.vocabulary, self.align.temperature, self.align.direction)
         response = _response(batch)
-        draws = _Draws(response, batch, key_B, self.align, access.image_token(student)) if tpa else None
+        fixed = fixed_candidates(seen) if seen is not None and tpa else None
+        draw = tpa and fixed is None
+        draws = _Draws(response, batch, key_B, self.align, access.image_token(student)) if draw else None
         values = self._response_terms(loss, gold, response, seen, draws, normaliser)
         if seen is not None and iva:
             values["iva"] = self._iva(loss, batch, gold, seen, key_B, normaliser)
-        if seen is not None and draws is not None:
-            values["tpa"] = self._tpa(loss, student, batch, gold, seen, draws.candidates(), normaliser)
+        candidates = draws.candidates() if draws is not None else fixed
+        if seen is not None and candidates is not None:
+            values["tpa"] = self._tpa(loss, student, batch, gold, seen, candidates, normaliser)
         # a batch without rows of its own still belongs to the graph
         total = loss.total() + _zero(gold.hidden_BTD)
         return total, {name: values[name] for name in self.terms}
@@ -116,8 +122,10 @@ class Objective:
         normaliser: Normaliser,
     ) -> Tensor:
         weight_BT = seen.weights()
-        if self.align.iva_rows:
-            weight_BT = attention.draw_visual(weight_BT, self.align.iva_rows, ribbon.uniforms(key_B, 1)[:, 0])
+        rows = self.align.iva_rows
+        if rows:
+            drawn_BT = attention.draw_visual(weight_BT, rows, ribbon.uniforms(key_B, 1)[:, 0])
+            weight_BT = torch.where(batch.image_BT.sum(dim=1, keepdim=True) > rows, drawn_BT, weight_BT)
         at = (weight_BT * batch.image_BT).nonzero(as_tuple=True)
         share_J = weight_BT[at] / normaliser.image_samples
         result = loss.add(
@@ -136,7 +144,9 @@ class Objective:
         normaliser: Normaliser,
     ) -> Tensor:
         if not candidates.keep_BC.any():
-            return torch.zeros((), device=gold.hidden_BTD.device)
+            if not is_sharded(student):
+                return torch.zeros((), device=gold.hidden_BTD.device)
+            candidates = ribbon.no_candidates(batch.input_ids_BT)  # other processes have some: follow their passes
         hidden_BCD = candidate_hidden(student, batch, gold, candidates, self.align)
         share_C = candidates.weight_BC[candidates.keep_BC] / normaliser.response_tokens
         result = loss.add(

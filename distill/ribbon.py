@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import Layout, Sampling
+from distill.packing import additive
 
 # constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit numbers
 _GOLDEN, _MIX_A, _MIX_B = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -184,12 +185,6 @@ def candidate_mask(candidates: Candidates, attention_mask_BT: Tensor) -> Tensor:
     prefix_BCT = (key_T < candidates.place_BC[..., None]) & attention_mask_BT[:, None, :].bool()
     itself_BCC = torch.eye(width, dtype=torch.bool, device=prefix_BCT.device).expand(batch, -1, -1)
     return torch.cat([prefix_BCT & candidates.keep_BC[..., None], itself_BCC], dim=-1)
-
-
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Boolean mask -> additive mask with a head axis, understood by SDPA and eager attention alike."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def run_cached(

@@ -5,6 +5,7 @@ Shape legend: B = batch, T = tokens, R = rows asked for, K = stored tokens a row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +60,12 @@ class TeacherPass(Protocol):
         ...
 
 
+def fixed_candidates(seen: TeacherPass) -> ribbon.Candidates | None:
+    """Candidates a pass brings along because it knows no others (a teacher read from disk); None: draw from the student."""
+    offered: Callable[[], ribbon.Candidates] | None = getattr(seen, "fixed_candidates", None)
+    return offered() if offered is not None else None
+
+
 class Teacher(Protocol):
     """Anything that can stand in for the teacher model."""
 
@@ -81,7 +88,7 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch, iva: bool, tpa: bool) -> TeacherPass:
         layers = [self.iva_layer] if iva else []
-        with attention.AttentionTap(access.decoder(self.model), layers) as tap:
+        with attention.AttentionTap(access.decoder(self.model), layers, batch.packing) as tap:
             gold = access.gold_pass(self.model, batch, keep_cache=tpa and self.align.layout == "cached")
             weight_BT = self._visual_weights(tap, batch) if iva else None
         return LivePass(self.model, batch, gold, weight_BT, self.align)
