@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _as_first(config: TrainConfig, first: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
-    start: dict[str, Any] = {name: getattr(first, name) for name in ("student", *START_FIELDS) if hasattr(first, name)}
+    start: dict[str, Any] = {name: getattr(first, name) for name in ("student", *START_FIELDS)}
     return dataclasses.replace(config, **start), (
         "will start from the student of the stage before; checked with the student the first stage starts from",
     )
@@ -163,7 +165,8 @@ def check_stage(name: str, config: TrainConfig, blind_samples: int, notes: tuple
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     memory = Memory()
-    run = load_run(config)
+    with tempfile.TemporaryDirectory() as work:  # a student made of parts is written down before it is loaded
+        run = load_run(dataclasses.replace(config, out=Path(work)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run.student.to(device)
     collate = Collator(run.student_source.tokenizer.spec.pad_token_id)

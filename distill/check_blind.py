@@ -5,7 +5,6 @@ A model that does not look at the image loses nothing by a wrong one, and its lo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from distill import visual
 from distill.batch import Batch, Normaliser
 from distill.check_parts import Finding
 from distill.data import Example
@@ -63,24 +63,6 @@ class OnRightImages:
         return self.teacher(self.right, iva, tpa)
 
 
-def exchange(examples: Sequence[Example]) -> list[Example]:
-    """The same samples, each image replaced by one of another sample that differs from it."""
-    images = [(owner, image) for owner, example in enumerate(examples) for image in example.pixels]
-    swapped: list[Example] = []
-    at = 0
-    for owner, example in enumerate(examples):
-        pixels = []
-        for image in example.pixels:
-            at += 1
-            others = (images[(at - 1 + step) % len(images)] for step in range(1, len(images)))
-            fitting = (
-                o for who, o in others if who != owner and o.shape == image.shape and not np.array_equal(o, image)
-            )
-            pixels.append(next(fitting, image))
-        swapped.append(dataclasses.replace(example, pixels=tuple(pixels)))
-    return swapped
-
-
 @torch.no_grad()
 def gains(
     objective: Objective,
@@ -95,10 +77,8 @@ def gains(
     alone = Objective(("sft",), objective.weights, objective.align, None, objective.vocabulary)
     was_training = student.training
     student.eval()
-    for example, swapped in zip(examples, exchange(examples), strict=True):
-        if example is swapped or all(a is b for a, b in zip(example.pixels, swapped.pixels, strict=True)):
-            continue
-        right, wrong = batch_of([example]), batch_of([swapped])
+    for own, other in zip(*visual.swapped(examples), strict=True):
+        right, wrong = batch_of([own]), batch_of([other])
         ours = objective(student, right, Normaliser.of(right))[1]
         # the teacher's answer to the right image is the target in both
         fixed = objective.teacher and OnRightImages(objective.teacher, right)

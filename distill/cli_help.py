@@ -11,10 +11,10 @@ from distill.cli import AS_JSON, Extra, build_parser, recipes
 # patterns by group, first match wins; what matches none is listed last, so a new option is never hidden
 GROUPS = (
     ("what runs", r"preset|out|resume|seed|threads|device|json|blind_samples"),
-    ("models", r"(teacher|student|lora|quant)(_.*|\..*)?|vision_tower|llm|projector|freeze.*|train_.*"),
+    ("models", r"(teacher|student|lora|quant)(_.*|\..*)?|vision_tower|llm|feature_layer|projector|freeze.*|train_.*"),
     (
         "data",
-        r"data.*|images?(_.*)?|format|on_.*|check_images|samples|augment|.*length.*|pack.*|workers|eval_data|holdout",
+        r"data.*|images?(_.*)?|format|on_.*|check_images|samples|augment|.*length.*|pack.*|workers|eval_data|holdout|group_by_length|streaming",
     ),
     ("objective", r"objective|weights\..*"),
     ("distillation terms", r"align\..*"),

@@ -75,6 +75,7 @@ def measure(config: TrainConfig, pairs: int) -> LayerScores:
     from distill.__main__ import quiet
     from distill.data import Collator
     from distill.irs import layer_scores
+    from distill.stages import starting_from
     from distill.train import load_run
 
     if config.teacher is None and config.preset == "none":
@@ -83,10 +84,9 @@ def measure(config: TrainConfig, pairs: int) -> LayerScores:
     if config.threads:
         torch.set_num_threads(config.threads)
     # read as the student of a plain run, the teacher comes with its tokenizer, its pixels and the data
-    alone = dataclasses.replace(
-        config, teacher=None, student=config.teacher or str(presets.digits_teacher()), objective="sft", batch_size=1
-    )
-    run = load_run(alone)
+    source = Path(config.teacher) if config.teacher else presets.digits_teacher()
+    alone = starting_from(config, source, plain=True)
+    run = load_run(dataclasses.replace(alone, teacher=None, teacher_cache=None, objective="sft", batch_size=1))
     teacher = run.student.eval().requires_grad_(False)
     if torch.cuda.is_available():
         teacher = teacher.to("cuda", torch.bfloat16)

@@ -80,7 +80,7 @@ def term_panels(metrics: Sequence[dict[str, Any]]) -> Any:
             )
         values = [value for _, value in training + held_out]
         if min(values) > 0 and max(values) / min(values) > 5:
-            axes.set_yscale("log")
+            _log_scale(axes)
         axes.set_title(TERM_NAMES[name], fontsize=9, loc="left", color=colour)
         axes.legend(frameon=False, fontsize=8, loc="upper right")
     return panels
@@ -132,6 +132,16 @@ def _panels(count: int) -> Any:
         axes.tick_params(labelsize=8)
         _plain(axes)
     return figure
+
+
+def _log_scale(axes: Any) -> None:
+    """Logarithmic, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plain(axes: Any) -> None:

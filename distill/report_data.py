@@ -25,7 +25,7 @@ from distill import access
 from distill.check_parts import data_figures
 from distill.config import TrainConfig
 from distill.data import Collator, Example, Examples, to_batch
-from distill.stages import START_FIELDS
+from distill.stages import starting_from
 from vlm import chat, preprocess
 from vlm.files import write_atomic
 
@@ -47,8 +47,7 @@ def collect(out: Path, config: TrainConfig, shown: int = SHOWN) -> dict[str, Any
     from distill.train import load_run
 
     gc.collect()
-    finished = dataclasses.replace(config, **saved_start(config, out / "student"))
-    run = load_run(finished)
+    run = load_run(starting_from(config, out / "student", plain=True))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run.student.to(device)
     examples, split = _held_out(run)
@@ -61,12 +60,6 @@ def collect(out: Path, config: TrainConfig, shown: int = SHOWN) -> dict[str, Any
     }
     write_atomic(out / FACTS, json.dumps(facts, ensure_ascii=False) + "\n")
     return facts
-
-
-def saved_start(config: TrainConfig, student: Path) -> dict[str, Any]:
-    """Changes that make a configuration start from a saved student instead of how it began."""
-    start: dict[str, Any] = {name: None for name in START_FIELDS if hasattr(config, name)}
-    return {**start, "student": str(student), "resume": False}
 
 
 def _held_out(run: Run) -> tuple[Examples, str]:

@@ -18,6 +18,8 @@ def text(value: Any) -> str:
     """A value for a table cell, escaped."""
     if value is None or value == "":
         return '<span class="none">not measured</span>'
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
@@ -51,8 +53,10 @@ def headline(record: Record, own: dict[str, Any], data: dict[str, Any]) -> str:
     finished = bool(record.result)
     verdict = [m["visual_verdict"] for m in record.metrics if "visual_verdict" in m]
     gain = None if own["visual_gain"] is None else f"{own['visual_gain']:.3f}"
+    score = None if own["exact_match"] is None else f"{own['exact_match']:.3f}"
+    low, high = own["interval"] or (0.0, 1.0)
     tiles = [
-        (f"exact match, n = {own['n']}" if own["n"] else "exact match", accuracy(own)),
+        (f"exact match ({low:.3f} to {high:.3f}, n = {own['n']})", score),
         (f"visual gain, {verdict[-1]}" if verdict else "visual gain", gain),
         ("steps", str(own["steps"])),
         ("training time", duration(own["seconds"])),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.cli import Request, Stage
+from distill.config import TrainConfig
 from vlm.console import note
 from vlm.errors import UserError
 from vlm.files import atomic_dir, read_json, write_atomic
@@ -25,20 +26,32 @@ if TYPE_CHECKING:
     from distill.train import TrainResult
 
 PLAN = "stages.json"
-# how the first stage's student is put together; later stages start from the student before them
-START_FIELDS = ("vision_tower", "llm")
+# how a student is put together; what starts from a finished one goes back to their defaults
+START_FIELDS = ("vision_tower", "llm", "feature_layer", "student_layers")
 
 
 def placed(stages: Sequence[Stage], out: Path) -> tuple[Stage, ...]:
     """The stages with their folders under `out`, each starting from the student of the one before."""
     found: list[Stage] = []
     for number, stage in enumerate(stages, 1):
-        changes: dict[str, Any] = {"out": out / f"stage-{number}-{stage.name}", "resume": False}
+        config = stage.config
         if found:
-            changes["student"] = str(found[-1].config.out / "student")
-            changes |= {name: None for name in START_FIELDS if hasattr(stage.config, name)}
-        found.append(Stage(stage.name, dataclasses.replace(stage.config, **changes)))
+            config = starting_from(config, found[-1].config.out / "student")
+        folder = out / f"stage-{number}-{stage.name}"
+        found.append(Stage(stage.name, dataclasses.replace(config, out=folder, resume=False)))
     return tuple(found)
+
+
+def starting_from(config: TrainConfig, student: Path, plain: bool = False) -> TrainConfig:
+    """The same training, started from a student directory.
+
+    Args:
+        plain: only to load and look at it: no adapters, nothing frozen.
+    """
+    names = [*START_FIELDS, *(("lora", "lrs", "freeze", "freeze_vision", "projector_lr") if plain else ())]
+    fresh = TrainConfig()
+    changes: dict[str, Any] = {name: getattr(fresh, name) for name in names}
+    return dataclasses.replace(config, **changes, student=str(student), resume=False)
 
 
 def start(request: Request, out: Path) -> TrainResult:
@@ -111,8 +124,11 @@ def _refuse_missing_files(stages: Sequence[Stage]) -> None:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether it cannot be anything but a path: it has a suffix, is absolute, or starts with a dot."""
-    return path.is_absolute() or bool(path.suffix) or str(path).startswith(".")
+    """Whether it cannot be anything but one file or folder (`hf:NAME` and patterns of shards are no such)."""
+    text = str(path)
+    if text.startswith("hf:") or set(text) & set("*?[{"):
+        return False
+    return path.is_absolute() or bool(path.suffix) or text.startswith(".")
 
 
 def is_main_process() -> bool:
