@@ -109,17 +109,24 @@ class CachedPass:
         sample_N, place_N = self.batch.response_places()
         gold_N = self.batch.input_ids_BT[sample_N, place_N]
         ids_NK = torch.cat([entry.candidate_NC[:, : self.used] for entry in self.entries]).to(self.device)
-        even_NK = torch.full_like(ids_NK, 1 / self.used, dtype=torch.float32)
-        return ribbon.arrange(ids_NK, even_NK, sample_N, place_N, gold_N, len(self.batch.input_ids_BT), drop_gold=False)
+        weight_NK = (self._token_weight() / self.used)[:, None].expand(-1, self.used)
+        return ribbon.arrange(
+            ids_NK, weight_NK, sample_N, place_N, gold_N, len(self.batch.input_ids_BT), drop_gold=False
+        )
 
     def candidates(self, candidates: ribbon.Candidates) -> Target:
-        _, first_B = self._places
         at = []
-        for entry, first in zip(self.entries, first_B, strict=True):
-            stored = entry.candidate_NC.shape[1]
-            slot = torch.arange(len(entry.candidate_NC))[:, None] * stored + torch.arange(self.used)
-            at.append(first + slot.flatten())
-        return self._take(torch.cat(at))
+        for entry, first in zip(self.entries, self._places[1], strict=True):
+            position_N1 = torch.arange(len(entry.candidate_NC))[:, None]
+            at.append(first + position_N1 * entry.candidate_NC.shape[1] + torch.arange(self.used))
+        # tokens of weight zero bring no candidates
+        return self._take(torch.cat(at)[self._token_weight().cpu() > 0].flatten())
+
+    def _token_weight(self) -> Tensor:
+        """weight_N of the response positions."""
+        sample_N, place_N = self.batch.response_places()
+        weight_BT = self.batch.token_weight_BT
+        return torch.ones(len(sample_N), device=self.device) if weight_BT is None else weight_BT[sample_N, place_N]
 
     @functools.cached_property
     def _places(self) -> tuple[Tensor, list[int]]:
@@ -160,13 +167,38 @@ class CachedPass:
         )
 
 
-def open_teacher(
-    config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None, vocabulary: int, device: Any
-) -> tuple[CachedTeacher, dict[str, Any]]:
-    """The cached teacher of a run, and the facts of its cache.
+@dataclass(frozen=True)
+class Cached:
+    """The cached teacher of a run.
+
+    Attributes:
+        info: what the cache was made with, see distill.cache_run.
+        vocabulary: leading token ids that are compared.
+    """
+
+    teacher: CachedTeacher
+    info: dict[str, Any]
+    vocabulary: int
+
+    @property
+    def layer(self) -> int:
+        """Teacher layer whose attention weighted the visual tokens."""
+        layer = self.info["fingerprint"]["layer"]
+        return layer if isinstance(layer, int) else 0
+
+    def provenance(self) -> dict[str, Any]:
+        return {"name": self.info["teacher"], "sha256": self.info["fingerprint"]["teacher"], "cached": True}
+
+
+def open_cached(
+    config: TrainConfig, student: Checkpoint, teacher: Checkpoint | None, device: Any, examples: Examples | None = None
+) -> Cached:
+    """The teacher that `teacher_cache` names.
 
     Args:
         teacher: only its hash is compared, where the run names one.
+        device: the student's.
+        examples: training data, see CachedTeacher.
 
     Raises:
         UserError: the cache is damaged, was made with something else (all of it is named), or lacks what the
@@ -179,15 +211,21 @@ def open_teacher(
     if teacher is not None:
         now["teacher"] = teacher.weights_sha256()
     if stored["temperature"] != "any":
-        now |= {"temperature": config.align.temperature, "vocabulary": vocabulary}
+        now["temperature"] = config.align.temperature
     if "iva" in config.terms and config.align.iva_layer >= 0 and stored["layer"] != "none":
         now["layer"] = config.align.iva_layer
+    size = int(student.config["text_config"]["vocab_size"])
+    if stored["vocabulary"] != "any" and stored["vocabulary"] > size:
+        now["vocabulary"] = size
     check(config.teacher_cache, stored, now)
     _refuse_what_is_not_stored(config, stored)
     head = None
     if stored["options"]["all_logits"]:
         head = Head(reader.head().to(device), reader.info["soft_cap"])
-    return CachedTeacher(reader, head, config.align.candidates), reader.info
+        vocabulary = min(size, len(head.weight_VD))
+    else:
+        vocabulary = int(stored["vocabulary"])
+    return Cached(CachedTeacher(reader, head, config.align.candidates, examples), reader.info, vocabulary)
 
 
 def _refuse_what_is_not_stored(config: TrainConfig, stored: dict[str, Any]) -> None:

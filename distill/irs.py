@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from distill.attention import AttentionTap, instruction_to_vision
 from distill.data import Collator, Example, Examples, to_batch
 from distill.objective import gold_pass
+from distill.placement import computes_on
 from vlm.errors import DataError
 
 Interval = tuple[float, float]
@@ -191,7 +192,7 @@ def _similarity(teacher: nn.Module, decoder: Any, chunk: list[tuple[Example, Exa
     maps: list[list[Tensor]] = []
     for side in (0, 1):
         tensors = collate([pair[side] for pair in chunk])
-        batch = to_batch({name: value.to(teacher.device) for name, value in tensors.items()})
+        batch = to_batch({name: value.to(computes_on(teacher)) for name, value in tensors.items()})
         with AttentionTap(decoder, layers) as tap:
             gold_pass(teacher, batch, keep_cache=False)
             # one image a prompt, but towers that keep the aspect ratio give each its own number of tokens

@@ -174,6 +174,12 @@ class MovedPass:
 
 
 def _on(value: Any, device: torch.device) -> Any:
-    """A frozen dataclass with its tensors on `device`."""
-    tensors = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return dataclasses.replace(value, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
+    """A frozen dataclass with its tensors on `device`, those of nested dataclasses too."""
+    moved: dict[str, Any] = {}
+    for item in dataclasses.fields(value):
+        found = getattr(value, item.name)
+        if isinstance(found, Tensor):
+            moved[item.name] = found.to(device)
+        elif dataclasses.is_dataclass(found):
+            moved[item.name] = _on(found, device)
+    return dataclasses.replace(value, **moved)

@@ -16,7 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill import checkpoint, evaluate, groups, irs, lora, models, presets, processes, report, visual
+from distill import (
+    cache,
+    checkpoint,
+    evaluate,
+    groups,
+    irs,
+    lora,
+    models,
+    placement,
+    presets,
+    processes,
+    report,
+    visual,
+)
 from distill.assemble import save_checkpoint
 from distill.config import Align, LearningRates, Lora, LossWeights, TrainConfig
 from distill.data import (
@@ -32,13 +45,13 @@ from distill.data import (
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
 from distill.reporter import check_loggers
-from distill.teacher import LiveTeacher
+from distill.teacher import Teacher
 from distill.trainer import METRICS, DistillTrainer
 from vlm import digits
 from vlm.console import note
 from vlm.errors import UserError
 from vlm.files import atomic_dir, read_json, write_atomic
-from vlm.load import PROVENANCE, Checkpoint, load_model, open_checkpoint
+from vlm.load import PROVENANCE, Checkpoint, open_checkpoint
 
 CONFIG = "config.json"
 
@@ -71,22 +84,37 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run has loaded."""
+    """Everything a run has loaded; the teacher is live (`placed`) or read from disk (`cached`)."""
 
     config: TrainConfig
     student: nn.Module
     student_source: Checkpoint
-    teacher: nn.Module | None
+    placed: placement.Placed | None
     teacher_source: Checkpoint | None
     data: Data
     vocabulary: int
+    cached: cache.Cached | None = None
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The live teacher's model."""
+        return None if self.placed is None else self.placed.model
+
+    def collate(self) -> Collator:
+        return Collator(self.student_source.tokenizer.spec.pad_token_id, keys=self.cached is not None)
+
+    def asked(self, align: Align, iva_layer: int) -> Teacher | None:
+        """The teacher as the objective asks it."""
+        if self.cached is not None:
+            return self.cached.teacher
+        return None if self.placed is None else self.placed.teacher(align, iva_layer)
 
     def validate(self, trainer: DistillTrainer) -> dict[str, float]:
         """Held-out value of every term, their sum, and task accuracy; in every process."""
         held_out = self.data.validation
         if held_out is None:
             return {}
-        collate = Collator(self.student_source.tokenizer.spec.pad_token_id)
+        collate = self.collate()
         count = self.config.eval_samples
 
         def work(student: nn.Module) -> dict[str, float]:
@@ -119,9 +147,8 @@ def train(config: TrainConfig) -> TrainResult:
     processes.first(lambda: _start_run_directory(config, scores))
     processes.first(lambda: write_skipped(run.data.train, config.out))
     align = _recomputed(run)
-    teacher = None if run.teacher is None else LiveTeacher(run.teacher, align, iva_layer)
-    objective = Objective(config.terms, config.weights, align, teacher, run.vocabulary)
-    collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
+    objective = Objective(config.terms, config.weights, align, run.asked(align, iva_layer), run.vocabulary)
+    collate = run.collate()
     trainer = DistillTrainer(
         config, run.student, objective, run.data.train, collate, run.validate, _watch(run, collate)
     )
@@ -160,7 +187,7 @@ def _watch(run: Run, collate: Collator) -> Callable[[DistillTrainer, int], dict[
     probe = held_out or seen
     teacher = None
     if run.teacher is not None:
-        teacher = visual.read(run.teacher, seen, next(run.teacher.parameters()).device)
+        teacher = visual.read(run.teacher, seen, placement.computes_on(run.teacher))
     watch = visual.VisualWatch(max(visual.PATIENCE, 2 * config.warmup_steps), teacher)
 
     def inspect(trainer: DistillTrainer, step: int) -> dict[str, Any]:
@@ -221,7 +248,8 @@ def load_run(config: TrainConfig) -> Run:
         teacher_source = open_checkpoint(models.local(config.teacher))
     elif config.preset == "digits" and (config.needs_teacher or not (config.student or config.llm)):
         teacher_source = open_checkpoint(presets.digits_teacher())
-    if config.needs_teacher and teacher_source is None:
+    from_cache = config.needs_teacher and config.teacher_cache is not None
+    if config.needs_teacher and teacher_source is None and not from_cache:
         raise UserError(f"objective {config.objective!r} needs a teacher; pass --teacher DIR or --objective sft")
     student, student_source = models.open_student(config, teacher_source)
     data = _data(config, student_source)
@@ -230,16 +258,18 @@ def load_run(config: TrainConfig) -> Run:
             f"{len(data.train)} training samples do not fill one batch of {config.batch_size}; lower batch_size"
         )
     vocabulary = int(student_source.config["text_config"]["vocab_size"])
-    teacher = None
-    if config.needs_teacher and teacher_source is not None:
+    placed = cached = None
+    if from_cache:
+        device = placement.student_device()
+        cached = cache.open_cached(config, student_source, teacher_source, device, data.train)
+        vocabulary = cached.vocabulary
+    elif config.needs_teacher and teacher_source is not None:
         vocabulary = shared_vocabulary(teacher_source, student_source)
         if config.align.candidates >= vocabulary:
             raise UserError(f"align.candidates {config.align.candidates}: the vocabulary has only {vocabulary} tokens")
-        teacher = load_model(teacher_source).requires_grad_(False)
-        if torch.cuda.is_available():
-            teacher = teacher.to("cuda")
+        placed = placement.place(teacher_source, config)
     models.prepare(config, student)
-    return Run(config, student, student_source, teacher, teacher_source, data, vocabulary)
+    return Run(config, student, student_source, placed, teacher_source, data, vocabulary, cached)
 
 
 def _data(config: TrainConfig, student: Checkpoint) -> Data:
@@ -268,6 +298,8 @@ def _data(config: TrainConfig, student: Checkpoint) -> Data:
 
 def _iva_layer(run: Run) -> tuple[int, irs.LayerScores | None]:
     config = run.config
+    if run.cached is not None:
+        return run.cached.layer, None
     if "iva" not in config.terms or run.teacher is None or run.teacher_source is None:
         return 0, None
     layers = len(run.teacher.model.language_model.layers)
@@ -332,13 +364,12 @@ def _write_student(run: Run, result: TrainResult, weights: dict[str, Tensor] | N
 
 def _provenance(run: Run, result: TrainResult) -> dict[str, Any]:
     teacher = run.teacher_source
+    known = {"name": teacher.directory.name, "sha256": teacher.weights_sha256()} if teacher else None
     return {
         "schema": "vlm-student/1",
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "objective": result.objective,
-        "teacher": None
-        if teacher is None or not run.config.needs_teacher
-        else {"name": teacher.directory.name, "sha256": teacher.weights_sha256()},
+        "teacher": run.cached.provenance() if run.cached else known if run.config.needs_teacher else None,
         "data": run.data.description,
         "recipe": config_to_json(run.config),
         "exact_match": result.exact_match,
@@ -356,7 +387,8 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def config_from_json(value: dict[str, Any]) -> TrainConfig:
-    paths = {name: Path(value[name]) for name in ("data", "images", "eval_data", "out") if value.get(name) is not None}
+    names = ("data", "images", "eval_data", "teacher_cache", "out")
+    paths = {name: Path(value[name]) for name in names if value.get(name) is not None}
     made = {"lora": Lora, "lrs": LearningRates, "weights": LossWeights, "align": Align}
     nested = {name: make(**value[name]) for name, make in made.items() if name in value}
     return TrainConfig(**{**value, **paths, **nested})
