@@ -8,7 +8,8 @@ images are not decoded. Going back starts the stream again, except for the head,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ class Streamed(Dataset):  # type: ignore[type-arg]
         self.log: Path | None = None
         self.skipped: dict[int, str] = {}
         self._rows = _open(data, stream)
-        self._iterator: Iterator[Any] = iter(())
+        self._opened: list[Iterator[Any]] = []
+        weakref.finalize(self, _close, self._opened)
         self._next, self._epoch, self._epoch_rows = 0, -1, 1
         self._last: tuple[int, Any] = (-1, None)
         self._head: list[Any] = []
@@ -155,9 +157,10 @@ class Streamed(Dataset):  # type: ignore[type-arg]
         if number == self._last[0]:
             return self._last[1]
         if number < self._next:
-            self._iterator, self._next, self._epoch, self._epoch_rows = iter(()), 0, -1, 1
+            _close(self._opened)
+            self._next, self._epoch, self._epoch_rows = 0, -1, 1
         while self._next <= number:
-            row = next(self._iterator, None)
+            row = next(self._opened[0], None) if self._opened else None
             if row is None:
                 self._begin_epoch()
                 continue
@@ -171,11 +174,12 @@ class Streamed(Dataset):  # type: ignore[type-arg]
             raise DataError(f"{self.data} is an empty data set; name one with at least one conversation")
         self._epoch, self._epoch_rows = self._epoch + 1, 0
         self._rows.set_epoch(self._epoch)
-        self._iterator = iter(self._rows)
+        _close(self._opened)
+        self._opened.append(iter(self._rows))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process opens the stream again."""
-        return {**self.__dict__, "_iterator": iter(()), "_next": 0, "_epoch": -1, "_epoch_rows": 1}
+        return {**self.__dict__, "_opened": [], "_next": 0, "_epoch": -1, "_epoch_rows": 1}
 
 
 def _open(data: Path, stream: StreamOptions) -> Any:
@@ -188,8 +192,17 @@ def _open(data: Path, stream: StreamOptions) -> Any:
                 f"streaming {data}: takes hf:ORG/NAME or parquet files; drop --streaming, it is read in place"
             )
         tables.check_parquet(files)
-        rows = tables.library().load_dataset(
-            "parquet", data_files=[str(file) for file in files], split="train", streaming=True
-        )
+        rows = tables.library().IterableDataset.from_parquet([str(file) for file in files])
     rows = tables.undecoded(rows)
-    return rows.shuffle(seed=stream.seed, buffer_size=stream.buffer) if stream.buffer else rows
+    if not stream.buffer:
+        return rows
+    # filling the buffer from several shards at a time would wait seconds for its threads at the end of each pass
+    return rows.shuffle(seed=stream.seed, buffer_size=stream.buffer, max_buffer_input_shards=1)
+
+
+def _close(opened: list[Iterator[Any]]) -> None:
+    """End reading now: readers still open when the interpreter ends complain about missing modules."""
+    for iterator in opened:
+        if isinstance(iterator, Generator):
+            iterator.close()
+    opened.clear()
