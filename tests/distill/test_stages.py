@@ -30,6 +30,8 @@ eval_samples: 10
 eval_every: 0
 save_every: 2
 log_every: 2
+visual_every: 0
+report_to: none
 threads: 1
 stages:
   - name: align
@@ -86,9 +88,8 @@ def before_stage(name):
     train_module.train = train
 def while_linking():
     stages._link_tree = die
-moments = [lambda: in_stage("stage-1", 1), lambda: in_stage("stage-1", 3), lambda: before_stage("stage-2"),
-           lambda: in_stage("stage-2", 3), lambda: before_stage("stage-3"), lambda: in_stage("stage-3", 1),
-           while_linking]
+moments = [lambda: in_stage("stage-1", 3), lambda: before_stage("stage-2"), lambda: in_stage("stage-2", 3),
+           lambda: in_stage("stage-3", 1), while_linking]
 for number, arm in enumerate(moments):
     child = os.fork()
     if child == 0:
