@@ -8,40 +8,32 @@ import importlib.metadata
 import resource
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from export import parity, to_gguf, to_onnx, to_tensorrt
-from export.backends import gate_of, open_backend
+from export import to_gguf, to_onnx, to_tensorrt
+from export.calibrate import Calibration, fold_scales, observe
 from export.card import write_card
-from export.evidence import (
-    Evidence,
-    accuracy,
-    collect,
-    embedding_parity,
-    pixel_parity,
-    save_golden,
-    token_corpus,
-)
+from export.evidence import Evidence, calibration_prompts, collect, save_golden
+from export.measure import ablate, costliest, measure
 from export.options import ExportOptions
-from export.reference import TorchBackend
-from export.replay import Backend, greedy
-from export.student import Student, open_student, read_facts
+from export.precision import KINDS, PARTS, Precision, parse_precision
+from export.preflight import preflight
+from export.stages import Stages, stages_of
+from export.student import Student, open_student
 from vlm.console import note
-from vlm.errors import CheckpointError, GateFailed, UserError
+from vlm.errors import GateFailed
 from vlm.files import atomic_dir
 from vlm.load import open_checkpoint
-from vlm.manifest import NAME as MANIFEST
 from vlm.manifest import Manifest, file_entry, write_manifest
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "optimum", "gguf", "llama-cpp-python", "numpy")
-PIXEL_LIMIT = 1e-5
+ABLATION_PARAMETERS = 50_000_000
 Files = list[tuple[Path, str]]
 
 
@@ -68,20 +60,28 @@ def export_all(runs: Sequence[ExportOptions]) -> list[Result]:
         CheckpointError: the student cannot be read or exported to this target.
         UserError: the output folder cannot be written.
     """
-    started = time.monotonic()
     first = runs[0]
     checkpoint = open_checkpoint(first.student)
     note(f"student {first.student}")
     for run in runs:
-        estimate(run)  # a full disk is better found before the work than after it
-    student = open_student(checkpoint)
+        preflight(run)  # a full disk is better found before the work than after it
+    started = time.monotonic()
+    student: Student | None = open_student(checkpoint)
     note("asking PyTorch for reference answers")
+    assert student is not None
     evidence = collect(student, first.samples, first.seed)
-    results = []
+    results: list[Result] = []
     for run in runs:
         note(f"writing {run.target} {run.precision} to {run.out}")
-        with atomic_dir(run.out) as work:
-            manifest = measure(student, evidence, work, build(student, evidence, run, work))
+        with stages_of(run.out) as stages, atomic_dir(run.out) as work:
+            making = Making(student, evidence, run, work, stages)
+            if run is runs[-1]:
+                student = None  # the making drops it when the files are written
+            manifest = making.finish()
+            seconds = time.monotonic() - started
+            manifest = dataclasses.replace(
+                manifest, parity={**manifest.parity, "made": {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}}
+            )
             entry = file_entry(work, write_card(work, run.out.name, manifest), "card")
             manifest = dataclasses.replace(manifest, files=(*manifest.files, entry))
             write_manifest(work, manifest)
@@ -94,18 +94,124 @@ def export_all(runs: Sequence[ExportOptions]) -> list[Result]:
     return results
 
 
-def build(student: Student, evidence: Evidence, run: ExportOptions, root: Path) -> Manifest:
+@dataclass
+class Making:
+    """One artefact in the making: write, measure, and with --auto-precision raise the worst part until it holds."""
+
+    loaded: Student | None
+    evidence: Evidence
+    run: ExportOptions
+    root: Path
+    stages: Stages
+    calibration: Calibration | None = None
+
+    @property
+    def student(self) -> Student:
+        if self.loaded is None:
+            raise RuntimeError("the student was dropped too early")
+        return self.loaded
+
+    def finish(self) -> Manifest:
+        storage = self.storage() if self.run.target == "onnx" else None
+        manifest = self.attempt(storage)
+        if storage is None:
+            return manifest
+        steps: list[str] = []
+        while True:
+            rows = self.ablation(manifest, storage, wanted=self.run.auto_precision and not manifest.verified)
+            raised = None if manifest.verified or not self.run.auto_precision else _raise_worst(storage.precision, rows)
+            if raised is None:
+                break
+            steps.append(raised.text())
+            note(f"gates do not hold ({manifest.parity['failures'][0]}); trying {raised.text()}")
+            _empty(self.root)
+            storage = dataclasses.replace(storage, precision=raised)
+            manifest = self.attempt(storage)
+        extra: dict[str, Any] = {"ablation": rows} if rows else {}
+        if self.run.auto_precision:
+            extra["auto_precision"] = steps
+        if self.calibration is not None:
+            extra["calibration"] = self.calibration.to_json()
+        return dataclasses.replace(manifest, parity={**manifest.parity, **extra})
+
+    def attempt(self, storage: to_onnx.Storage | None) -> Manifest:
+        manifest = build(self.student, self.evidence, self.run, self.root, storage, self.stages)
+        checkpoint = self.student.checkpoint
+        if not self.run.auto_precision and not self.wants_ablation(storage):
+            self.loaded = None  # measuring needs the runtime's memory, not PyTorch's
+        return measure(checkpoint, self.evidence, self.root, manifest)
+
+    def storage(self) -> to_onnx.Storage:
+        """Precision with everything calibration has to say."""
+        storage = plan_storage(self.run)
+        if storage.precision.preset == "fp32":
+            return storage
+        note("calibrating on real images")
+        self.calibration = observe(self.student, *calibration_prompts(self.student, self.run.calibration))
+        if self.run.awq:
+            parts = [p for p in PARTS if p != "embed" and KINDS[getattr(storage.precision, p)].bits == 4]
+            self.loaded = fold_scales(self.student, self.calibration, 4, parts)
+        return dataclasses.replace(storage, ranges=self.calibration.ranges(), wide=self.calibration.wide())
+
+    def wants_ablation(self, storage: to_onnx.Storage | None) -> bool:
+        if storage is None or not storage.precision.quantised:
+            return False
+        if self.run.ablation is not None:
+            return self.run.ablation
+        return sum(p.numel() for p in self.student.model.parameters()) <= ABLATION_PARAMETERS
+
+    def ablation(self, manifest: Manifest, storage: to_onnx.Storage, wanted: bool) -> list[dict[str, Any]]:
+        if not wanted and (self.loaded is None or not self.wants_ablation(storage)):
+            return []
+        with tempfile.TemporaryDirectory(prefix=".ablation-", dir=self.root) as scratch:
+            return ablate(self.student, self.evidence, self.root, manifest, storage, Path(scratch))
+
+
+def plan_storage(run: ExportOptions) -> to_onnx.Storage:
+    """What the options alone say about an ONNX artefact's weights."""
+    precision = parse_precision(run.precision)
+    return to_onnx.Storage(precision, run.flavour or precision.flavour, run.algorithm)
+
+
+def _raise_worst(precision: Precision, rows: list[dict[str, Any]]) -> Precision | None:
+    """The part whose restoration helped most, one step up; None if nothing is left to raise."""
+    for part in costliest(rows):
+        if raised := precision.raised(part):
+            return raised
+    return None
+
+
+def _empty(root: Path) -> None:
+    for path in root.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def build(
+    student: Student,
+    evidence: Evidence,
+    run: ExportOptions,
+    root: Path,
+    storage: to_onnx.Storage | None = None,
+    stages: Stages | None = None,
+) -> Manifest:
     """Write all files of an artefact under `root`; the manifest returned is not yet measured nor written."""
     sha256 = student.checkpoint.weights_sha256()
     pair_id = hashlib.sha256(f"{run.target}:{sha256}".encode()).hexdigest()[:16]
-    writers: dict[str, Callable[[], tuple[Files, dict[str, Any]]]] = {
-        "onnx": lambda: to_onnx.write(student, root),
-        "gguf": lambda: _write_gguf(student, run, root, pair_id),
-        "tensorrt": lambda: to_tensorrt.write(student, root, run.precision),
-    }
-    files, io = writers[run.target]()
+    plan = storage or (plan_storage(run) if run.target == "onnx" else None)
+    precision: dict[str, Any]
+    weights: dict[str, Any]
+    if plan is not None:
+        files, io, precision, weights = to_onnx.write(student, root, plan, stages or Stages(None))
+    elif run.target == "gguf":
+        files, io = _write_gguf(student, run, root, pair_id)
+        precision, weights = _gguf_weights(student, run, {role: path for path, role in files})
+    else:
+        files, io = to_tensorrt.write(student, root, run.precision)
+        precision, weights = _tensorrt_weights(student, run, {role: path for path, role in files})
     files += _shared_files(student, root) + save_golden(evidence, root)
-    precision, weights = _weights(student, run, {role: path for path, role in files})
     spec = student.checkpoint.tokenizer.spec
     return Manifest(
         format=run.target,
@@ -119,7 +225,7 @@ def build(student: Student, evidence: Evidence, run: ExportOptions, root: Path) 
         chat={**asdict(spec), "eos_token_ids": list(spec.eos_token_ids)},
         model={**asdict(student.facts), "feature_layers": list(student.facts.feature_layers), **weights},
         pair_id=pair_id,
-        golden=(evidence.golden,),
+        golden=evidence.golden,
     )
 
 
@@ -144,154 +250,41 @@ def _shared_files(student: Student, root: Path) -> Files:
     return [(tokenizer, "tokenizer"), (template, "chat_template")]
 
 
-def _weights(student: Student, run: ExportOptions, paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _gguf_weights(
+    student: Student, run: ExportOptions, paths: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Precision per component as measured on the files, and the byte counts a profiler needs."""
-    facts = student.facts
-    if run.target == "gguf":
-        precision = {}
-        for component, role, declared in (("decoder", "text_gguf", run.precision), ("vision_encoder", "mmproj", "f16")):
-            bits, types = to_gguf.bits_per_weight(paths[role])
-            expected = {declared.upper(), "F32"}
-            fallbacks = {name: count for name, count in types.items() if name not in expected}
-            precision[component] = {"type": declared, "bits_per_weight": bits, "types": types, "fallbacks": fallbacks}
-        decoder_bytes, head_bytes = to_gguf.decoder_bytes(paths["text_gguf"], facts)
-        kv_width, kv_type = 2, "f16"
-    else:
-        precision = {}
-        for component in ("vision_encoder", "decoder"):
-            size, count = to_onnx.weight_bytes(paths[component])
-            precision[component] = {"type": run.precision, "bits_per_weight": 8 * size / count, "fallbacks": {}}
-        width = 2 if run.precision == "fp16" else 4
-        precision["embed_tokens"] = {"type": run.precision, "bits_per_weight": 8.0 * width, "fallbacks": {}}
-        decoder_bytes, head_bytes = to_onnx.weight_bytes(paths["decoder"])[0], facts.vocab_size * facts.hidden * width
-        kv_width, kv_type = width, run.precision
+    facts, precision = student.facts, {}
+    for component, role, declared in (("decoder", "text_gguf", run.precision), ("vision_encoder", "mmproj", "f16")):
+        bits, types = to_gguf.bits_per_weight(paths[role])
+        expected = {declared.upper(), "F32"}
+        fallbacks = {name: count for name, count in types.items() if name not in expected}
+        precision[component] = {"type": declared, "bits_per_weight": bits, "types": types, "fallbacks": fallbacks}
+    decoder_bytes, head_bytes = to_gguf.decoder_bytes(paths["text_gguf"], facts)
     return precision, {
         "decoder_weight_bytes": decoder_bytes,
         "lm_head_bytes": head_bytes,
-        "kv_bytes_per_token": facts.kv_bytes_per_token(kv_width),
-        "kv_type": kv_type,
+        "kv_bytes_per_token": facts.kv_bytes_per_token(2),
+        "kv_type": "f16",
     }
 
 
-def measure(student: Student, evidence: Evidence, root: Path, manifest: Manifest) -> Manifest:
-    """Fill parity, accuracy and `verified` by running the files just written."""
-    gate = gate_of(manifest)
-    backend = open_backend(root, manifest)
-    try:
-        cases = {
-            case.name: parity.replay_case(backend, case.prompt, expected)
-            for case, expected in zip(evidence.cases, evidence.expected, strict=True)
-        }
-        extra, found = _extra_checks(student, evidence, backend, cases)
-        pixel = pixel_parity(student, evidence)
-        extra["pixels"] = pixel
-        if pixel["max"] > PIXEL_LIMIT:
-            found.append(f"pixels differ from the checkpoint's processor by {pixel['max']:.3g}")
-        for name, values in cases.items():
-            found += parity.failures(name, values, gate)
-        stop = student.checkpoint.tokenizer.spec.eos_token_ids
-        extra["golden_ids"] = list(greedy(backend, evidence.cases[0].prompt, stop, len(evidence.golden.token_ids)))
-        scores, missed = accuracy(backend, TorchBackend(student), student.checkpoint.tokenizer, evidence, gate)
-    finally:
-        backend.close()
-    found += missed
-    report = parity.report(gate, cases, extra, found)
-    return dataclasses.replace(manifest, verified=not found, parity=report, accuracy=scores)
-
-
-def _extra_checks(
-    student: Student, evidence: Evidence, backend: Backend, cases: dict[str, dict[str, float]]
-) -> tuple[dict[str, Any], list[str]]:
-    """What only one format can be asked; adds cases in place."""
-    from export.llama import LlamaBackend
-    from export.ort import OnnxBackend
-
-    if isinstance(backend, OnnxBackend):
-        embeddings = embedding_parity(student, backend.embeddings)
-        cases["every_position"] = _every_position(evidence, backend)
-        cases["batch_of_two"] = padded_pair(student, evidence, backend)
-        found = [] if embeddings["max"] == 0 else [f"embeddings differ by {embeddings['max']:.3g}"]
-        return {"embeddings": embeddings}, found
-    if isinstance(backend, LlamaBackend):
-        tokenizer = student.checkpoint.tokenizer
-        corpus = token_corpus(evidence)
-        own = [list(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids) for text in corpus]
-        wrong = [text for text, ids in zip(corpus, own, strict=True) if backend.tokenise(text) != ids]
-        image_id = tokenizer.spec.image_token_id
-        wrong += [c.prompt.text for c in evidence.cases if backend.ids_of(c.prompt, image_id) != c.prompt.ids]
-        found = [f"llama.cpp tokenises {len(wrong)} texts differently, first {wrong[0]!r}"] if wrong else []
-        return {"tokenisation": {"texts": len(corpus) + len(evidence.cases), "different": len(wrong)}}, found
-    return {}, []
-
-
-def _every_position(evidence: Evidence, backend: Any) -> dict[str, float]:
-    """Logits after each prompt token: a wrong causal mask shows here even if the last row is right."""
-    chosen, expected = evidence.positions
-    measured = parity.compare_logits(expected, backend.prefill_all(evidence.cases[1].prompt)[chosen])
-    return {**measured, "prefill": max(measured["prefill"], measured["decode"])}
-
-
-def padded_pair(student: Student, evidence: Evidence, backend: Any) -> dict[str, float]:
-    """Both cases in one left-padded batch, teacher-forced together; the worse of the two rows."""
-    cases = evidence.cases
-    pad = student.checkpoint.tokenizer.spec.pad_token_id
-    length = max(len(c.prompt.ids) for c in cases)
-    rows = [backend.prompt_embeddings(c.prompt)[0] for c in cases]
-    filler = backend.embeddings(np.array([[pad]], np.int64))[0]
-    embeds = np.stack([np.concatenate([np.repeat(filler, length - len(r), 0), r]) for r in rows])
-    mask = np.stack([np.r_[np.zeros(length - len(r)), np.ones(len(r))] for r in rows]).astype(np.int64)
-    backend.cache = []
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
-    logits = [backend.run(embeds, mask, positions, 1)[:, -1]]
-    for step in zip(*(c.forced for c in cases), strict=True):
-        mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
-        positions = positions[:, -1:] + 1
-        logits.append(backend.run(backend.embeddings(np.array(step)[:, None]), mask, positions, 1)[:, -1])
-    both = [parity.compare_logits(e, np.stack(logits)[:, i]) for i, e in enumerate(evidence.expected)]
-    return {key: (min if key == "top1" else max)(one[key] for one in both) for key in both[0]}
-
-
-def check_target(out: Path) -> None:
-    """Publishing replaces the whole folder, so it must be an artefact, empty, or not there yet.
-
-    Raises:
-        UserError: something else is there.
-    """
-    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-        raise UserError(f"{out} exists and is not an artefact; choose another folder with --out")
-
-
-def estimate(run: ExportOptions) -> dict[str, Any]:
-    """Check a student without loading its weights; bytes the artefact will take and bytes free there.
-
-    Raises:
-        CheckpointError: the student cannot be exported.
-        UserError: it does not fit on the disk.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    check_target(run.out)
-    checkpoint = open_checkpoint(run.student)
-    facts = read_facts(checkpoint)
-    if run.target == "gguf":
-        to_gguf.check(checkpoint, facts)
-    count = 0
-    for path in checkpoint.weights:
-        try:
-            with safe_open(path, "np") as tensors:
-                names = tensors.keys()  # the handle itself cannot be iterated
-                count += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be loaded ({error}); copy it again") from None
-    if facts.tied and run.target != "gguf":
-        count += facts.vocab_size * facts.hidden  # table and head become two tensors
-    bits = {"fp32": 32, "fp16": 16, "f16": 16, "q8_0": 8.5}[run.precision]
-    needed = int(count * bits / 8)
-    existing = next(p for p in [run.out.resolve(), *run.out.resolve().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(f"{run.out} needs {needed} bytes, {free} are free; choose another folder with --out")
-    return {"artefact": str(run.out), "dry_run": True, "parameters": count, "bytes": needed, "free_bytes": free}
+def _tensorrt_weights(
+    student: Student, run: ExportOptions, paths: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    facts, width = student.facts, 2 if run.precision == "fp16" else 4
+    precision = {
+        component: {"type": run.precision, "bits_per_weight": 8 * sum(sizes) / count, "fallbacks": {}}
+        for component in ("vision_encoder", "decoder")
+        for sizes, count in [to_onnx.weight_bytes(paths[component])]
+    }
+    precision["embed_tokens"] = {"type": run.precision, "bits_per_weight": 8.0 * width, "fallbacks": {}}
+    return precision, {
+        "decoder_weight_bytes": sum(to_onnx.weight_bytes(paths["decoder"])[0]),
+        "lm_head_bytes": facts.vocab_size * facts.hidden * width,
+        "kv_bytes_per_token": facts.kv_bytes_per_token(width),
+        "kv_type": run.precision,
+    }
 
 
 def peak_rss_bytes() -> int:

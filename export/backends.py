@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from export.parity import GATES, Gate
+from export.parity import GATES, Gate, mixed_gate
 from export.replay import Backend
 from vlm.chat import ChatSpec, ChatTokenizer
 from vlm.errors import ArtifactError
@@ -29,15 +30,25 @@ def gate_of(manifest: Manifest) -> Gate:
     Raises:
         ArtifactError: a precision this version has no limits for.
     """
-    precision = manifest.precision["decoder"]["type"]
+    kinds = {part: str(section["type"]) for part, section in manifest.precision.items()}
+    unknown = [kind for kind in kinds.values() if manifest.format == "onnx" and (manifest.format, kind) not in GATES]
+    if manifest.format == "onnx" and not unknown:
+        head = kinds.get("lm_head", kinds["decoder"])
+        return mixed_gate(kinds["vision_encoder"], kinds["embed_tokens"], kinds["decoder"], head)
+    precision = kinds["decoder"]
     gate = GATES.get((manifest.format, precision))
-    if gate is None:
-        raise ArtifactError(f"no tolerance is known for {manifest.format} at {precision!r}; export again")
+    if gate is None or unknown:
+        raise ArtifactError(
+            f"no tolerance is known for {manifest.format} at {[*unknown, precision][0]!r}; export again"
+        )
     return gate
 
 
-def open_backend(root: Path, manifest: Manifest) -> Backend:
+def open_backend(root: Path, manifest: Manifest, instead: Mapping[str, Path] | None = None) -> Backend:
     """The runner of the artefact's format, on one CPU thread.
+
+    Args:
+        instead: role -> file of an ONNX artefact to take in place of its own.
 
     Raises:
         ArtifactError: a file does not load, or does not belong to its partner.
@@ -49,7 +60,8 @@ def open_backend(root: Path, manifest: Manifest) -> Backend:
         from export.ort import OnnxBackend
 
         names = ("vision_encoder", "embed_tokens", "decoder")
-        vision, embed, decoder = (manifest.path_of(root, role) for role in names)
+        swapped = instead or {}
+        vision, embed, decoder = (swapped.get(role) or manifest.path_of(root, role) for role in names)
         return OnnxBackend(vision, embed, decoder, image, image_id)
     if manifest.format == "tensorrt":
         from export.ort import DeltaBackend

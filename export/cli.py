@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from export.options import PRECISIONS, TARGETS, ExportOptions, plan_runs
+from export.options import PRECISIONS, TARGETS, ExportOptions, Target, plan_runs
+from export.precision import ALGORITHMS, FLAVOURS, PARTS
 from vlm.console import Parser, natural, note, print_json, table
 from vlm.errors import GateFailed, MissingPiece, UserError
 from vlm.load import newest_run
@@ -17,6 +18,7 @@ from vlm.manifest import check_files, file_entry, read_manifest, write_manifest
 EXAMPLE = """\
 examples:
   python -m export --target onnx                     the newest student under runs/
+  python -m export --target onnx --precision int4,vision=fp16 --auto-precision
   python -m export --target gguf --student runs/digits/student --out artifacts/board
   python -m export verify artifacts/board            replay the golden sample on this machine
   python -m export build artifacts/digits-tensorrt   TensorRT engines, on the device
@@ -34,10 +36,26 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--student", type=Path, help="checkpoint directory (default: newest finished run)")
     parser.add_argument("--out", type=Path, help="artefact directory (default: artifacts/RUN-TARGET)")
     offered = "; ".join(f"{target}: {', '.join(names)}" for target, names in PRECISIONS.items())
-    parser.add_argument("--precision", help=f"{offered} (default: the first; gguf writes both)")
+    parser.add_argument(
+        "--precision",
+        help=f"{offered} (default: the first; gguf writes both); onnx also per part: int4,PART=KIND with {', '.join(PARTS)}",
+    )
     parser.add_argument("--samples", type=int, default=200, help="unseen samples for the accuracy gate (default 200)")
     parser.add_argument("--seed", type=natural, default=0, help="of the samples drawn (default 0)")
-    parser.add_argument("--dry-run", action="store_true", help="check the student and sizes, write nothing")
+    onnx = parser.add_argument_group("only for --target onnx")
+    onnx.add_argument("--flavour", choices=FLAVOURS, help="operators (default: ort for quantised decoders)")
+    onnx.add_argument("--algorithm", choices=ALGORITHMS, default="default", help="how 4-bit scales are chosen")
+    onnx.add_argument("--awq", action="store_true", help="fold activation-aware scales into weights before rounding")
+    onnx.add_argument("--calibration", type=Path, help="folder of images (default: training images of the task)")
+    onnx.add_argument("--auto-precision", action="store_true", help="raise the worst part until the gates hold")
+    onnx.add_argument(
+        "--ablation",
+        action=argparse.BooleanOptionalAction,
+        help="measure what each part's precision costs (default: for small students)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the student, print files and sizes, write nothing"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
@@ -73,15 +91,22 @@ def main(argv: Sequence[str]) -> int:
 
 def run_export(arguments: argparse.Namespace) -> int:
     student = arguments.student or newest_run()
-    runs = plan_runs(
-        arguments.target,
-        student,
-        arguments.out,
-        arguments.precision,
-        arguments.samples,
-        arguments.dry_run,
-        arguments.seed,
+    asked = ExportOptions(
+        target=arguments.target,
+        student=student,
+        out=arguments.out or Path(),
+        precision=arguments.precision or PRECISIONS[cast(Target, arguments.target)][0],
+        samples=arguments.samples,
+        dry_run=arguments.dry_run,
+        seed=arguments.seed,
+        flavour=arguments.flavour,
+        algorithm=arguments.algorithm,
+        awq=arguments.awq,
+        calibration=arguments.calibration,
+        auto_precision=arguments.auto_precision,
+        ablation=arguments.ablation,
     )
+    runs = plan_runs(asked, arguments.out, arguments.precision)
     _quiet_libraries()
     if arguments.dry_run:
         return _dry_run(runs, arguments.json)
@@ -110,14 +135,22 @@ def _row(result: Any) -> tuple[str, ...]:
 
 
 def _dry_run(runs: list[ExportOptions], as_json: bool) -> int:
-    from export.artefact import estimate
+    from export.dry_run import estimate
 
     found = [estimate(run) for run in runs]
     if as_json:
         print_json({**found[0], "verified": False, "also": found[1:]})
     else:
-        print(table(("artefact", "MB"), [(f["artefact"], f"{f['bytes'] / 1e6:.2f}") for f in found]))
+        rows = [(f["artefact"], f["bytes"], f["seconds"], f["peak_rss_bytes"]) for f in found]
+        print(table(("artefact", "MB", "about s", "about peak MB"), [_dry_row(*row) for row in rows]))
+        for one in found:
+            for entry in one.get("files", ()):
+                print(f"  {entry['bytes']:>14}  {entry['path']}")
     return 0
+
+
+def _dry_row(artefact: str, size: int, seconds: float, peak: int) -> tuple[str, ...]:
+    return artefact, f"{size / 1e6:.2f}", f"{seconds:.0f}", f"{peak / 1e6:.0f}"
 
 
 def run_verify(arguments: argparse.Namespace) -> int:

@@ -52,13 +52,13 @@ def embed_spec(facts: Facts) -> GraphSpec:
     )
 
 
-def decoder_spec(facts: Facts) -> GraphSpec:
-    """transformers.js names; the cache axis order is [batch, head, position, width]."""
+def decoder_spec(facts: Facts, dtype: str = "float32") -> GraphSpec:
+    """transformers.js names; the cache is of `dtype`, in axis order [batch, head, position, width]."""
 
     def cache(prefix: str, length: str) -> tuple[Port, ...]:
         dims = (BATCH, facts.kv_heads, length, facts.head_dim)
         return tuple(
-            Port(f"{prefix}.{i}.{part}", "float32", dims) for i in range(facts.layers) for part in ("key", "value")
+            Port(f"{prefix}.{i}.{part}", dtype, dims) for i in range(facts.layers) for part in ("key", "value")
         )
 
     return GraphSpec(

@@ -1,8 +1,7 @@
 """Export-only modules over the weights of a loaded student: the same mathematics in operators every target parses.
 
-Nothing here is for training. Weights are views of the Hugging Face ones, kept as [in, out] so that they become the
-constant right-hand side of a MatMul. Norms, softmax and rotations run in float32 whatever the weight type.
-Importing this module imports torch.
+Nothing here is for training. Matrices come from `export.linear`, without values until a file is written. Norms, softmax
+and rotations run in float32 whatever the weight type. Importing this module imports torch.
 
 Shape legend: B batch, S new tokens, P cached tokens, T = P + S, H hidden, K key/value heads, G query heads per
 key/value head, D head width, V vocabulary, N visual tokens, C channels, L layers.
@@ -16,59 +15,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from export.linear import Recipe, linear, vision_linear
+from export.precision import Kind
 from export.student import Student, blocks_used
 
-MASKED = {torch.float32: torch.finfo(torch.float32).min, torch.float16: torch.finfo(torch.float16).min}
-
-
-class Linear(nn.Module):
-    """x @ weight_IO + bias_O."""
-
-    def __init__(self, source: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("weight", source.weight.detach().t().to(dtype))
-        self.register_buffer("bias", None if source.bias is None else source.bias.detach().to(dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
+MASKED = torch.finfo(torch.float32).min
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight; division, because runtimes fuse Sqrt + Div and not Reciprocal."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, student: Student, source: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("weight", source.weight.detach().float())
-        self.eps = float(source.variance_epsilon)
+        self.register_buffer("weight", student.weight(source))
+        self.eps, self.dtype = float(source.variance_epsilon), dtype
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(self.dtype)
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, source: nn.LayerNorm) -> None:
+    def __init__(self, student: Student, source: nn.LayerNorm, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("weight", source.weight.detach().float())
-        self.register_buffer("bias", source.bias.detach().float())
-        self.eps = source.eps
+        self.register_buffer("weight", student.weight(source))
+        self.register_buffer("bias", student.weight(source, "bias"))
+        self.eps, self.dtype = source.eps, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
+        return functional.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps).to(self.dtype)
 
 
 class VisionBlock(nn.Module):
     """Pre-norm transformer block shared by SigLIP and CLIP."""
 
-    def __init__(self, source: Any, dtype: torch.dtype) -> None:
+    def __init__(self, recipe: Recipe, source: Any) -> None:
         super().__init__()
         attention = source.self_attn
         self.heads, self.scale = attention.num_heads, attention.head_dim**-0.5
-        self.norm1, self.norm2 = LayerNorm(source.layer_norm1), LayerNorm(source.layer_norm2)
-        self.q, self.k, self.v = (Linear(getattr(attention, f"{n}_proj"), dtype) for n in "qkv")
-        self.o = Linear(attention.out_proj, dtype)
-        self.fc1, self.fc2 = Linear(source.mlp.fc1, dtype), Linear(source.mlp.fc2, dtype)
+        self.norm1 = LayerNorm(recipe.student, source.layer_norm1, recipe.dtype)
+        self.norm2 = LayerNorm(recipe.student, source.layer_norm2, recipe.dtype)
+        self.q, self.k, self.v = (vision_linear(recipe, getattr(attention, f"{n}_proj")) for n in "qkv")
+        self.o = vision_linear(recipe, attention.out_proj, out=True)
+        self.fc1, self.fc2 = vision_linear(recipe, source.mlp.fc1), vision_linear(recipe, source.mlp.fc2, out=True)
         self.activation = source.mlp.activation_fn
 
     def forward(self, x_BNH: Tensor) -> Tensor:
@@ -79,7 +68,7 @@ class VisionBlock(nn.Module):
             return z.reshape(batch, tokens, self.heads, hidden // self.heads).transpose(1, 2)
 
         scores = torch.matmul(split(self.q(y) * self.scale), split(self.k(y)).transpose(2, 3))
-        weights = torch.softmax(scores.float(), dim=-1).to(x_BNH.dtype)
+        weights = torch.softmax(scores.float(), dim=-1).to(y.dtype)
         mixed = torch.matmul(weights, split(self.v(y))).transpose(1, 2).reshape(batch, tokens, hidden)
         x_BNH = x_BNH + self.o(mixed)
         return x_BNH + self.fc2(self.activation(self.fc1(self.norm2(x_BNH))))
@@ -88,22 +77,25 @@ class VisionBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """pixel_values [B,C,size,size] -> image_features [B,N,H]: tower, feature selection and projector."""
 
-    def __init__(self, student: Student, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, recipe: Recipe, features: torch.dtype = torch.float32) -> None:
         super().__init__()
+        student, dtype = recipe.student, recipe.dtype
         tower, projector = student.model.model.vision_tower, student.model.model.multi_modal_projector
         embeddings = tower.embeddings
-        self.dtype, self.patch = dtype, embeddings.patch_size
+        self.dtype, self.stream, self.features = dtype, recipe.stream, features
+        self.patch = embeddings.patch_size
         conv = embeddings.patch_embedding
         self.register_buffer("kernel", conv.weight.detach().to(dtype))
         self.register_buffer("kernel_bias", None if conv.bias is None else conv.bias.detach().to(dtype))
         self.register_buffer("positions", embeddings.position_embedding.weight.detach().to(dtype))
         is_clip = student.facts.tower == "clip"
         self.register_buffer("cls", embeddings.class_embedding.detach().to(dtype) if is_clip else None)
-        self.pre_norm = LayerNorm(tower.pre_layrnorm) if is_clip else nn.Identity()
+        self.pre_norm = LayerNorm(student, tower.pre_layrnorm, dtype) if is_clip else nn.Identity()
         self.taps = blocks_used(student.facts, len(tower.encoder.layers))
-        self.blocks = nn.ModuleList(VisionBlock(b, dtype) for b in tower.encoder.layers[: max(self.taps)])
+        self.blocks = nn.ModuleList(VisionBlock(recipe, b) for b in tower.encoder.layers[: max(self.taps)])
         self.skip = 1 if student.facts.select == "default" else 0
-        self.linear_1, self.linear_2 = Linear(projector.linear_1, dtype), Linear(projector.linear_2, dtype)
+        self.linear_1 = vision_linear(recipe, projector.linear_1, out=True)
+        self.linear_2 = vision_linear(recipe, projector.linear_2, out=True)
         self.activation = projector.act
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -111,42 +103,33 @@ class VisionEncoder(nn.Module):
         x = functional.conv2d(pixels, self.kernel, self.kernel_bias, stride=self.patch).flatten(2).transpose(1, 2)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
-        x = self.pre_norm(x + self.positions)
+        x = self.pre_norm(x + self.positions).to(self.stream)
         states = [x]
         for block in self.blocks:
             states.append(block(states[-1]))
         chosen = [states[tap][:, self.skip :] for tap in self.taps]
         features = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
-        return self.linear_2(self.activation(self.linear_1(features)))
-
-
-class EmbedTokens(nn.Module):
-    """input_ids [B,S] -> inputs_embeds [B,S,H]."""
-
-    def __init__(self, student: Student) -> None:
-        super().__init__()
-        self.register_buffer("weight", student.model.model.language_model.embed_tokens.weight.detach().float())
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return functional.embedding(input_ids, self.weight)
+        return self.linear_2(self.activation(self.linear_1(features))).to(self.features)
 
 
 class DecoderLayer(nn.Module):
     """Grouped-query attention without repeating keys: the G queries of a head share one batched product."""
 
-    def __init__(self, source: Any, student: Student, dtype: torch.dtype) -> None:
+    def __init__(self, recipe: Recipe, source: Any) -> None:
         super().__init__()
+        student, dtype = recipe.student, recipe.dtype
         facts, attention = student.facts, source.self_attn
         self.kv_heads, self.head_dim = facts.kv_heads, facts.head_dim
         self.groups, self.scale = facts.heads // facts.kv_heads, facts.head_dim**-0.5
-        self.norm1, self.norm2 = RMSNorm(source.input_layernorm), RMSNorm(source.post_attention_layernorm)
-        self.q, self.k, self.v, self.o = (Linear(getattr(attention, f"{n}_proj"), dtype) for n in "qkvo")
+        self.norm1 = RMSNorm(student, source.input_layernorm, dtype)
+        self.norm2 = RMSNorm(student, source.post_attention_layernorm, dtype)
+        self.q, self.k, self.v = (linear(recipe, getattr(attention, f"{n}_proj")) for n in "qkv")
         has_norm = facts.decoder == "qwen3"
-        self.q_norm = RMSNorm(attention.q_norm) if has_norm else nn.Identity()
-        self.k_norm = RMSNorm(attention.k_norm) if has_norm else nn.Identity()
-        self.gate, self.up, self.down = (
-            Linear(getattr(source.mlp, f"{n}_proj"), dtype) for n in ("gate", "up", "down")
-        )
+        self.q_norm = RMSNorm(student, attention.q_norm, dtype) if has_norm else nn.Identity()
+        self.k_norm = RMSNorm(student, attention.k_norm, dtype) if has_norm else nn.Identity()
+        self.o = linear(recipe, attention.o_proj, out=True)
+        self.gate, self.up = (linear(recipe, getattr(source.mlp, f"{n}_proj")) for n in ("gate", "up"))
+        self.down = linear(recipe, source.mlp.down_proj, out=True)
         self.activation = source.mlp.act_fn
 
     def forward(
@@ -162,12 +145,13 @@ class DecoderLayer(nn.Module):
         keys, values = torch.cat([past_k_BKPD, k], dim=2), torch.cat([past_v_BKPD, v], dim=2)
         grouped = q.reshape(batch, self.kv_heads, self.groups * new, self.head_dim)
         scores = torch.matmul(grouped, keys.transpose(2, 3)).reshape(batch, self.kv_heads, self.groups, new, -1)
-        weights = torch.softmax(scores.float() + bias_B11ST, dim=-1).to(x_BSH.dtype)
+        weights = torch.softmax(scores.float() + bias_B11ST, dim=-1).to(y.dtype)
         mixed = torch.matmul(weights.reshape(batch, self.kv_heads, self.groups * new, -1), values)
         heads = mixed.reshape(batch, self.kv_heads * self.groups, new, self.head_dim).transpose(1, 2)
         x_BSH = x_BSH + self.o(heads.reshape(batch, new, -1))
         z = self.norm2(x_BSH)
-        return x_BSH + self.down(self.activation(self.gate(z)) * self.up(z)), k, v, keys, values
+        product = self.activation(self.gate(z)).to(x_BSH.dtype) * self.up(z).to(x_BSH.dtype)
+        return x_BSH + self.down(product), k, v, keys, values
 
 
 def _rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -180,12 +164,14 @@ def _rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """The parts both cache layouts share."""
 
-    def __init__(self, student: Student, dtype: torch.dtype) -> None:
+    def __init__(self, recipe: Recipe, head: Kind | None = None) -> None:
         super().__init__()
+        student = recipe.student
         language = student.model.model.language_model
-        self.layers = nn.ModuleList(DecoderLayer(layer, student, dtype) for layer in language.layers)
-        self.norm = RMSNorm(language.norm)
-        self.head = Linear(student.model.lm_head, dtype)
+        self.stream = recipe.stream
+        self.layers = nn.ModuleList(DecoderLayer(recipe, layer) for layer in language.layers)
+        self.norm = RMSNorm(student, language.norm, recipe.dtype)
+        self.head = linear(recipe.with_kind(head or recipe.kind), student.model.lm_head)
         self.register_buffer("inv_freq", language.rotary_emb.inv_freq.detach().float())
         self.rope_scale = float(language.rotary_emb.attention_scaling)
 
@@ -198,9 +184,6 @@ class Decoder(nn.Module):
 
 class MergedDecoder(Decoder):
     """Prefill and decode in one graph, cache [B,K,P,D] as transformers.js and ONNX Runtime users expect it."""
-
-    def __init__(self, student: Student) -> None:
-        super().__init__(student, torch.float32)
 
     def forward(
         self,
@@ -215,16 +198,16 @@ class MergedDecoder(Decoder):
         causal_ST = key_T[None, :] <= (torch.arange(new) + past)[:, None]
         allowed = causal_ST[None, None, None] & (attention_mask > 0)[:, None, None, None, :]
         # the smallest finite number instead of -inf: a fully masked (padding) row must not become NaN
-        bias = torch.where(allowed, 0.0, MASKED[torch.float32])
+        bias = torch.where(allowed, 0.0, MASKED)
         cos, sin = self.angles(position_ids)
-        x, cache = inputs_embeds, []
+        x, cache = inputs_embeds.to(self.stream), []
         for i, layer in enumerate(self.layers):
             x, _, _, keys, values = layer(x, cos, sin, bias, past_key_values[2 * i], past_key_values[2 * i + 1])
             cache += [keys, values]
-        return (self.head(_last_rows(self.norm(x), num_logits_to_keep)), *cache)
+        return (self.head(last_rows(self.norm(x), num_logits_to_keep)).float(), *cache)
 
 
-def _last_rows(x_BSH: Tensor, count: Tensor) -> Tensor:
+def last_rows(x_BSH: Tensor, count: Tensor) -> Tensor:
     """x[:, -count:], where count 0 keeps all rows; one ONNX Slice, because torch would specialise on the value."""
     start = -count.reshape(1)
     end, axis = torch.tensor([2**63 - 1]), torch.tensor([1])
@@ -237,15 +220,12 @@ class DeltaDecoder(Decoder):
     attention_bias [1,1,S,T] is 0 where a query may look and the smallest finite number elsewhere.
     """
 
-    def __init__(self, student: Student, dtype: torch.dtype) -> None:
-        super().__init__(student, dtype)
-
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, attention_bias: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
         cos, sin = self.angles(position_ids)
         bias = attention_bias[:, None].float()
-        x, rows = inputs_embeds, []
+        x, rows = inputs_embeds.to(self.stream), []
         for i, layer in enumerate(self.layers):
             past_k, past_v = past[2 * i].transpose(1, 2), past[2 * i + 1].transpose(1, 2)
             x, k, v, _, _ = layer(x, cos, sin, bias, past_k, past_v)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
+from export.precision import ALGORITHMS, FLAVOURS, KINDS, Algorithm, Flavour, parse_precision
 from vlm.errors import UserError
 
 Target = Literal["onnx", "gguf", "tensorrt"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 # the first one is what a bare --target writes; gguf without --precision writes all of its list
 PRECISIONS: dict[Target, tuple[str, ...]] = {
-    "onnx": ("fp32",),
+    "onnx": tuple(KINDS),
     "gguf": ("f16", "q8_0"),
     "tensorrt": ("fp16", "fp32"),
 }
@@ -26,10 +28,16 @@ class ExportOptions:
         target: file format family.
         student: Hugging Face LLaVA directory.
         out: artefact directory; replaced as a whole when the export succeeds.
-        precision: one of PRECISIONS[target].
+        precision: one of PRECISIONS[target]; for onnx also with overrides per part, `int4,vision=fp16`.
         samples: unseen question-image pairs on which greedy tokens are compared with PyTorch.
-        dry_run: check the student and estimate sizes, write nothing.
+        dry_run: check the student and print files and sizes, write nothing.
         seed: of the images and random continuations used for parity.
+        flavour: onnx operators, `ort` or `portable`; None takes what suits the precision.
+        algorithm: how 4-bit scales are chosen.
+        awq: fold activation-aware scales into the weights before rounding.
+        calibration: folder of images; None takes the training images of the student's own task.
+        auto_precision: raise the worst part until the gates hold.
+        ablation: measure what each part's precision costs; None does so for students below ABLATION_PARAMETERS.
     """
 
     target: Target
@@ -39,15 +47,30 @@ class ExportOptions:
     samples: int = 200
     dry_run: bool = False
     seed: int = 0
+    flavour: Flavour | None = None
+    algorithm: Algorithm = "default"
+    awq: bool = False
+    calibration: Path | None = None
+    auto_precision: bool = False
+    ablation: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS[self.target]:
+        if self.target == "onnx":
+            parse_precision(self.precision)
+        elif self.precision not in PRECISIONS[self.target]:
             raise UserError(
                 f"precision {self.precision!r} is not available for {self.target}; "
                 f"choose from {', '.join(PRECISIONS[self.target])}"
             )
         if self.samples < 0:
             raise UserError(f"--samples {self.samples} is negative; give 0 or more")
+        if self.flavour not in (None, *FLAVOURS) or self.algorithm not in ALGORITHMS:
+            raise UserError(f"flavour {self.flavour!r} or algorithm {self.algorithm!r} is unknown; see --help")
+        for name in ("flavour", "awq", "calibration", "auto_precision", "ablation"):
+            if self.target != "onnx" and getattr(self, name):
+                raise UserError(f"--{name.replace('_', '-')} is for --target onnx, not {self.target}; leave it out")
+        if self.calibration is not None and not self.calibration.is_dir():
+            raise UserError(f"--calibration {self.calibration} is not a folder; name a folder of images")
 
 
 def run_name(student: Path) -> str:
@@ -56,23 +79,26 @@ def run_name(student: Path) -> str:
     return student.parent.name if student.name == "student" else student.name
 
 
-def plan_runs(
-    target: str, student: Path, out: Path | None, precision: str | None, samples: int, dry_run: bool, seed: int
-) -> list[ExportOptions]:
-    """The artefacts one command writes: one, or every precision of a target that has several files to offer."""
-    kind = cast(Target, target)
-    base = out or Path("artifacts") / f"{run_name(student)}-{kind}"
+def plan_runs(asked: ExportOptions, out: Path | None, precision: str | None) -> list[ExportOptions]:
+    """The artefacts one command writes: one, or every precision of a target that has several files to offer.
+
+    Args:
+        asked: the options; its `out` and `precision` are replaced.
+        out, precision: as typed, None where they were not.
+    """
+    base = out or Path("artifacts") / f"{run_name(asked.student)}-{asked.target}"
     if not base.name:
         raise UserError(f"--out {base} is not a folder of its own; name a new one, e.g. artifacts/student")
-    if precision is not None or kind != "gguf":
-        chosen = precision or PRECISIONS[kind][0]
-        # a named precision gets its own default folder, so that it never replaces the plain export
-        suffix = "" if out is not None or chosen == PRECISIONS[kind][0] else f"-{chosen}"
-        return [ExportOptions(kind, student, _suffixed(base, suffix), chosen, samples, dry_run, seed)]
-    return [
-        ExportOptions(kind, student, _suffixed(base, f"-{p}" if i else ""), p, samples, dry_run, seed)
-        for i, p in enumerate(PRECISIONS[kind])
-    ]
+    offered = PRECISIONS[asked.target]
+    if precision is None and asked.target == "gguf":
+        return [
+            dataclasses.replace(asked, out=_suffixed(base, f"-{p}" if i else ""), precision=p)
+            for i, p in enumerate(offered)
+        ]
+    chosen = precision or offered[0]
+    # a named precision gets its own default folder, so that it never replaces the plain export
+    suffix = "" if out is not None or chosen == offered[0] else f"-{chosen.replace(',', '-').replace('=', '-')}"
+    return [dataclasses.replace(asked, out=_suffixed(base, suffix), precision=chosen)]
 
 
 def _suffixed(path: Path, suffix: str) -> Path:

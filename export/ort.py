@@ -48,8 +48,10 @@ class OnnxBackend:
         self.vision, self.embed, self.decoder = session(vision), session(embed), session(decoder)
         inputs = self.decoder.get_inputs()
         self.past_names = [i.name for i in inputs if i.name.startswith("past_key_values.")]
-        self.past_shape = next(i.shape for i in inputs if i.name == self.past_names[0])
-        self.cache: list[F32] = []
+        first = next(i for i in inputs if i.name == self.past_names[0])
+        self.past_shape = first.shape
+        self.past_type: type[np.floating[Any]] = np.float16 if first.type == "tensor(float16)" else np.float32
+        self.cache: list[npt.NDArray[Any]] = []
 
     def features(self, image: Image.Image) -> F32:
         feed = {"pixel_values": pixels(image, self.image)[None]}
@@ -64,7 +66,7 @@ class OnnxBackend:
         """One decoder call on the running cache; logits [B, keep or S, V]. An empty cache starts a sequence."""
         if not self.cache:
             shape = (embeds_BSH.shape[0], self.past_shape[1], 0, self.past_shape[3])
-            self.cache = [np.zeros(shape, np.float32) for _ in self.past_names]
+            self.cache = [np.zeros(shape, self.past_type) for _ in self.past_names]
         logits, *self.cache = self.decoder.run(
             None,
             {

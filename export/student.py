@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import CheckpointError
 from vlm.load import Checkpoint, load_model
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import LlavaForConditionalGeneration
 
 DECODERS = ("qwen2", "qwen3", "llama")
@@ -40,28 +43,87 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Per-channel scales moved between a module and the one before it; the network's function stays the same.
+
+    Attributes:
+        input: multiplies the columns of a matrix.
+        output: divides the rows of a matrix and its bias, or the weight of a norm.
+    """
+
+    input: Tensor | None = None
+    output: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Student:
-    """A checkpoint with its weights in float32, evaluation mode, no gradients."""
+    """A checkpoint with its weights, evaluation mode, no gradients.
+
+    Attributes:
+        model: weights as stored; small checkpoints are float32 (see `open_student`).
+        folds: module path -> scales that `weight` applies.
+    """
 
     checkpoint: Checkpoint
     model: LlavaForConditionalGeneration
     facts: Facts
+    folds: Mapping[str, Fold] = field(default_factory=dict)
+
+    @functools.cached_property
+    def paths(self) -> dict[nn.Module, str]:
+        return {module: name for name, module in self.model.named_modules()}
+
+    def weight(self, module: Any, name: str = "weight", rows: slice = slice(None)) -> Tensor:
+        """A parameter, or some of its rows, in float32 with its folds applied."""
+        values = getattr(module, name).detach()[rows].float()
+        fold = self.folds.get(self.paths[module])
+        if fold is None:
+            return values
+        if fold.input is not None and values.ndim == 2:
+            values = values * fold.input
+        if fold.output is not None:
+            output = fold.output[rows]
+            values = values / (output[:, None] if values.ndim == 2 else output)
+        return values
 
 
 def open_student(checkpoint: Checkpoint) -> Student:
     """Load and check a student.
 
+    A checkpoint stored in 16 bits is kept so, with float32 arithmetic (see `export.widen`): the same figures as a
+    float32 copy, at half its memory.
+
     Raises:
         CheckpointError: weights that cannot be loaded, or an architecture no exporter here handles.
     """
+    from export.widen import stored_dtype, widen
+
     facts = read_facts(checkpoint)
-    model = load_model(checkpoint).requires_grad_(False)
+    model = widen(load_model(checkpoint, stored_dtype(checkpoint.weights)).requires_grad_(False))
     head, table = model.lm_head.weight, model.model.language_model.embed_tokens.weight
     if facts.tied and head.data_ptr() != table.data_ptr() and not bool((head == table).all()):
         # published checkpoints exist whose config claims tying while the head differs
-        facts = Facts(**{**vars(facts), "tied": False})
+        facts = replace(facts, tied=False)
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise CheckpointError(f"{checkpoint.directory}: some weights are not finite; train again")
+    return Student(checkpoint, model, facts)
+
+
+def outline(checkpoint: Checkpoint) -> Student:
+    """A student whose weights are all zero and take no memory: enough to trace its graphs and count their bytes."""
+    import torch
+    from torch import nn
+    from transformers import LlavaForConditionalGeneration
+
+    facts, config = read_facts(checkpoint), read_config(checkpoint)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config).eval()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            hollow = torch.zeros((1,) * parameter.ndim).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(hollow, requires_grad=False))
+    language = model.model.language_model
+    language.rotary_emb = type(language.rotary_emb)(config=config.text_config)
     return Student(checkpoint, model, facts)
 
 

@@ -3,30 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.declare import GraphSpec, decoder_spec, embed_spec, example_inputs, vision_spec
+from export.precision import KINDS, Algorithm, Flavour, Precision
+from export.sizes import describe, tensor_bytes
+from export.stages import Stages
 from export.student import Student
 from vlm.errors import GateFailed
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from export.linear import Range
+
 OPSET = 18
+BLOCK_OPSET = 21  # the first with blocks in DequantizeLinear
 INLINE_BYTES = 1024
+CONTRIB = "com.microsoft"
 LIST_INPUTS = ("past_key_values", "past")
 
 
-def trace(module: nn.Module, spec: GraphSpec, student: Student) -> Any:
-    """torch module -> onnx_ir model with the names and symbolic shapes of `spec`."""
+@dataclass(frozen=True)
+class Storage:
+    """How weights are kept in the three graphs.
+
+    Attributes:
+        ranges: calibration per module path; static 8 bits needs it.
+        wide: parts whose residual stream leaves float16 and stays float32.
+    """
+
+    precision: Precision
+    flavour: Flavour = "portable"
+    algorithm: Algorithm = "default"
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    wide: frozenset[str] = frozenset()
+
+
+def trace(module: nn.Module, spec: GraphSpec, student: Student, opset: int = OPSET) -> Any:
+    """torch module -> onnx_ir model with the names and symbolic shapes of `spec`; its matrices are read when saved."""
     import torch
+
+    from export.hold import fill
 
     examples = example_inputs(spec, student)
     dynamic = torch.export.Dim.DYNAMIC
@@ -42,9 +70,10 @@ def trace(module: nn.Module, spec: GraphSpec, student: Student) -> Any:
             shapes.setdefault(name, []).append(axes[port.name])
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module.eval(), (), kwargs=feed, dynamic_shapes=shapes, dynamo=True, opset_version=OPSET, verbose=False
+            module.eval(), (), kwargs=feed, dynamic_shapes=shapes, dynamo=True, opset_version=opset, verbose=False
         )
     _rename(program.model, spec)
+    fill(program.model, module)
     return program.model
 
 
@@ -71,6 +100,8 @@ def _rename(model: Any, spec: GraphSpec) -> None:
         for value in node.outputs:  # traced symbols (s43, s29 + s85) would contradict the declared names
             value.shape = None
             value.metadata_props.clear()
+            if node.domain == CONTRIB and not value.uses() and not value.is_graph_output():
+                value.name = ""  # an optional output that is named is computed
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for values, ports in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
@@ -99,34 +130,113 @@ def save(model: Any, path: Path) -> list[tuple[Path, str]]:
     return [(data, "external_data")] if data.is_file() else []
 
 
-def graphs(student: Student) -> dict[str, tuple[nn.Module, GraphSpec, str]]:
-    """File stem -> module, outside, manifest role."""
-    from export.graph import EmbedTokens, MergedDecoder, VisionEncoder
+@dataclass(frozen=True)
+class Graph:
+    """One file of the artefact before it is traced.
 
-    facts, tokens = student.facts, student.checkpoint.image.tokens
+    Attributes:
+        part: of `Precision`, whose kind names the file.
+        fallbacks: what could not be stored as asked.
+    """
+
+    stem: str
+    part: str
+    role: str
+    spec: GraphSpec
+    opset: int
+    build: Callable[[], nn.Module]
+    fallbacks: dict[str, int]
+
+
+def graphs(student: Student, options: Storage) -> list[Graph]:
+    """The three graphs in writing order."""
+    from export.graph import MergedDecoder, VisionEncoder
+    from export.graph_ort import FusedDecoder
+    from export.linear import EmbedTokens, Recipe
+
+    facts, tokens, chosen = student.facts, student.checkpoint.image.tokens, options.precision
+
+    def recipe(part: str) -> Recipe:
+        return Recipe(
+            student,
+            KINDS[getattr(chosen, part)],
+            options.flavour,
+            options.algorithm,
+            options.ranges,
+            wide=part in options.wide,
+        )
+
+    vision, embed, decoder = recipe("vision"), recipe("embed"), recipe("decoder")
+    fused = options.flavour == "ort" and not decoder.wide
+    if options.flavour == "ort" and decoder.wide:
+        decoder.fell_back("activations beyond float16: plain operators")
+    cache = "float16" if decoder.kind.half else "float32"
+    kind = FusedDecoder if fused else MergedDecoder
+
+    def opset(part: str) -> int:
+        blocks = options.flavour == "portable" and any(
+            KINDS[getattr(chosen, p)].bits < 16 for p in ((part, "head") if part == "decoder" else (part,))
+        )
+        return BLOCK_OPSET if blocks else OPSET
+
+    made: list[tuple[str, str, str, GraphSpec, Callable[[], nn.Module], dict[str, int]]] = [
+        ("vision_encoder", "vision", "vision_encoder", vision_spec(facts, tokens), lambda: VisionEncoder(vision), vision.fallbacks),
+        ("embed_tokens", "embed", "embed_tokens", embed_spec(facts), lambda: EmbedTokens(embed), embed.fallbacks),
+        ("decoder_model_merged", "decoder", "decoder", decoder_spec(facts, cache), lambda: kind(decoder, KINDS[chosen.head]), decoder.fallbacks),
+    ]  # fmt: skip
+    return [Graph(s, p, r, spec, opset(p), build, falls) for s, p, r, spec, build, falls in made]
+
+
+def write_graph(student: Student, graph: Graph, suffix: str, root: Path) -> list[tuple[Path, str]]:
+    """Trace one graph and write it with its weights; (file, role) pairs."""
+    path = root / "onnx" / f"{graph.stem}{suffix}.onnx"
+    module = graph.build()
+    return [(path, graph.role), *save(trace(module, graph.spec, student, graph.opset), path)]
+
+
+def write(
+    student: Student, root: Path, options: Storage, stages: Stages
+) -> tuple[list[tuple[Path, str]], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Write graphs and transformers.js files under `root`.
+
+    Returns: (file, role) pairs, and the manifest's `io`, `precision` and weight counts for `model`.
+    """
+    files: list[tuple[Path, str]] = []
+    planned = graphs(student, options)
+    for graph in planned:
+        kind = KINDS[getattr(options.precision, graph.part)]
+        key = stage_key(student, options, graph)
+        files += stages.files(graph.stem, key, root, lambda folder, g=graph, k=kind: write_graph(student, g, k.suffix, folder))  # type: ignore[misc]  # fmt: skip
+    io = {graph.stem: graph.spec.to_json() for graph in planned}
+    paths = {role: path for path, role in files}
+    section, counts = describe(student, paths, options.precision, {graph.role: graph.fallbacks for graph in planned})
+    return files + write_configs(student, root, files, options.precision), io, section, counts
+
+
+def stage_key(student: Student, options: Storage, graph: Graph) -> dict[str, Any]:
+    """Everything the bytes of one graph depend on, this program's own text included."""
+    folds = hashlib.sha256()
+    for path, fold in sorted(student.folds.items()):
+        for scale in (fold.input, fold.output):
+            folds.update(path.encode() + (b"" if scale is None else scale.numpy().tobytes()))
+    for path, seen in sorted(options.ranges.items()):
+        folds.update(f"{path} {seen.low} {seen.high}".encode() + seen.power_K.numpy().tobytes())
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    versions = [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")]
     return {
-        "vision_encoder": (VisionEncoder(student), vision_spec(facts, tokens), "vision_encoder"),
-        "embed_tokens": (EmbedTokens(student), embed_spec(facts), "embed_tokens"),
-        "decoder_model_merged": (MergedDecoder(student), decoder_spec(facts), "decoder"),
+        "student": student.checkpoint.weights_sha256(),
+        "graph": graph.stem,
+        "precision": options.precision.text(),
+        "options": [options.flavour, options.algorithm, sorted(options.wide)],
+        "calibration": folds.hexdigest(),
+        "code": code.hexdigest(),
+        "versions": versions,
     }
 
 
-def write(student: Student, root: Path) -> tuple[list[tuple[Path, str]], dict[str, Any]]:
-    """Write graphs and transformers.js files under `root`.
-
-    Returns: (file, role) pairs, and the manifest's `io`.
-    """
-    files: list[tuple[Path, str]] = []
-    io: dict[str, Any] = {}
-    for stem, (module, spec, role) in graphs(student).items():
-        path = root / "onnx" / f"{stem}.onnx"
-        extra = save(trace(module, spec, student), path)
-        files += [(path, role), *extra]
-        io[stem] = spec.to_json()
-    return files + write_configs(student, root, files), io
-
-
-def write_configs(student: Student, root: Path, graphs_written: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+def write_configs(
+    student: Student, root: Path, graphs_written: list[tuple[Path, str]], precision: Precision
+) -> list[tuple[Path, str]]:
     """Configuration, tokenizer and processor files as transformers.js 4 reads them.
 
     It wants a `preprocessor_config.json`, the chat template inside `tokenizer_config.json`, both spellings of the
@@ -138,7 +248,14 @@ def write_configs(student: Student, root: Path, graphs_written: list[tuple[Path,
     image_id = student.checkpoint.tokenizer.spec.image_token_id
     external = [path.name.removesuffix("_data") for path, role in graphs_written if role == "external_data"]
     config.update(image_token_index=image_id, image_token_id=image_id)
-    config["transformers.js_config"] = {"use_external_data_format": dict.fromkeys(external, 1)}
+    config["transformers.js_config"] = {
+        "use_external_data_format": dict.fromkeys(external, 1),
+        "dtype": {
+            "vision_encoder": KINDS[precision.vision].dtype,
+            "embed_tokens": KINDS[precision.embed].dtype,
+            "decoder_model_merged": KINDS[precision.decoder].dtype,
+        },
+    }
     processor = _read(source / "processor_config.json")
     preprocessor = _read(source / "preprocessor_config.json") or dict(processor.pop("image_processor", {}))
     drop_cls = student.facts.tower == "clip" and student.facts.select == "default"
@@ -171,13 +288,11 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def weight_bytes(path: Path) -> tuple[int, int]:
-    """Bytes and number of weights in a graph, from its tensor declarations (external data is not read)."""
+def weight_bytes(path: Path) -> tuple[list[int], int]:
+    """Bytes of each tensor of a float graph, and how many weights it holds."""
     import math
 
     import onnx
 
     tensors = onnx.load(str(path), load_external_data=False).graph.initializer
-    counts = [math.prod(t.dims) for t in tensors]
-    widths = [onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in tensors]
-    return sum(c * w for c, w in zip(counts, widths, strict=True)), sum(counts)
+    return [tensor_bytes(t) for t in tensors], sum(math.prod(t.dims) for t in tensors)

@@ -12,6 +12,7 @@ import numpy as np
 
 from export import build_engine
 from export.declare import NEW, PAST, TOTAL, GraphSpec, delta_spec, vision_spec
+from export.precision import KINDS
 from export.student import Student
 from export.to_onnx import save, trace
 from vlm.errors import GateFailed
@@ -66,15 +67,16 @@ def write(student: Student, root: Path, precision: str) -> tuple[list[tuple[Path
     import torch
 
     from export.graph import DeltaDecoder, VisionEncoder
+    from export.linear import Recipe
 
     name = TORCH_NAMES[precision]
-    dtype = getattr(torch, name)
+    recipe = Recipe(student, KINDS[precision])
     facts, tokens = student.facts, student.checkpoint.image.tokens
     vision, decoder = vision_spec(facts, tokens, name), delta_spec(facts, name)
     files: list[tuple[Path, str]] = []
     graphs = (
-        ("vision_encoder", VisionEncoder(student, dtype), vision, "vision_encoder"),
-        ("decoder", DeltaDecoder(student, dtype), decoder, "decoder"),
+        ("vision_encoder", VisionEncoder(recipe, getattr(torch, name)), vision, "vision_encoder"),
+        ("decoder", DeltaDecoder(recipe), decoder, "decoder"),
     )
     for stem, module, spec, role in graphs:
         path = root / "onnx" / f"{stem}.onnx"
@@ -82,7 +84,7 @@ def write(student: Student, root: Path, precision: str) -> tuple[list[tuple[Path
         check_plain(path)
         files += [(path, role), *extra]
     table = root / "embed_tokens.npy"
-    np.save(table, student.model.model.language_model.embed_tokens.weight.numpy().astype(name))
+    np.save(table, student.model.model.language_model.embed_tokens.weight.float().numpy().astype(name))
     plan = root / build_engine.PLAN
     plan.write_text(json.dumps(make_plan(student, root, vision, decoder), indent=1) + "\n")
     script = root / "build_engine.py"

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from export.artefact import build, measure
+from export.artefact import build
 from export.evidence import Evidence, collect
+from export.measure import measure
 from export.options import ExportOptions
 from export.student import Student, open_student
 from tests.tiny import make_student
@@ -44,7 +45,7 @@ class Exported:
         return Path(shutil.copytree(self.root, target))
 
     def measure_again(self, root: Path, manifest: Manifest | None = None) -> Manifest:
-        return measure(self.subject.student, self.subject.evidence, root, manifest or read_manifest(root))
+        return measure(self.subject.student.checkpoint, self.subject.evidence, root, manifest or read_manifest(root))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,7 +86,7 @@ def exported(subjects: Callable[..., Subject], tmp_path_factory: pytest.TempPath
             root.mkdir()
             run = ExportOptions(target, subject.directory, root, precision, SAMPLES)
             manifest = measure(
-                subject.student, subject.evidence, root, build(subject.student, subject.evidence, run, root)
+                subject.student.checkpoint, subject.evidence, root, build(subject.student, subject.evidence, run, root)
             )
             write_manifest(root, manifest)
             made[key] = Exported(root, subject, manifest)

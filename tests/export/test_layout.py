@@ -79,7 +79,8 @@ def test_manifest_says_what_a_runtime_needs(
     assert all(manifest.model[key] > 0 for key in wanted)
     assert manifest.model["decoder_weight_bytes"] > manifest.model["lm_head_bytes"] > 0
     bits = {"fp32": 32, "fp16": 16, "q8_0": 8.5}[precision]
-    assert bits <= manifest.precision["decoder"]["bits_per_weight"] < bits + 0.2
+    # a random student's norms are all ones, and equal constants are stored once
+    assert bits - 0.1 < manifest.precision["decoder"]["bits_per_weight"] < bits + 0.2
     assert manifest.image["tokens"] == 16
     assert manifest.source["student_sha256"] == made.subject.student.checkpoint.weights_sha256()
     assert manifest.golden[0].token_ids

@@ -1,0 +1,129 @@
+"""Before any work: what will be written, how long it takes, how much memory and disk it needs, and whether it fits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export import to_gguf
+from export.options import ExportOptions
+from export.precision import BLOCK, KINDS, PARTS, parse_precision
+from export.student import Facts, read_facts
+from vlm.console import note
+from vlm.errors import CheckpointError, UserError
+from vlm.load import Checkpoint, open_checkpoint
+from vlm.manifest import NAME as MANIFEST
+
+BITS = {"f16": 16.0, "q8_0": 8.5}
+# fitted on 2 cores to students of 1 to 581 million parameters; good to a factor of two
+SECONDS, SECONDS_PER_LAYER, SECONDS_PER_GB = 15.0, 1.2, 12.0
+LIBRARIES_BYTES = 800_000_000
+
+
+def check_target(out: Path) -> None:
+    """Publishing replaces the whole folder, so it must be an artefact, empty, or not there yet.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+        raise UserError(f"{out} exists and is not an artefact; choose another folder with --out")
+
+
+def preflight(run: ExportOptions) -> dict[str, Any]:
+    """Check a student without loading its weights, and the room there is for its artefact.
+
+    Returns: artefact, parameters, bytes, seconds, peak_rss_bytes, free_bytes; estimates, see `export.dry_run`.
+
+    Raises:
+        CheckpointError: the student cannot be exported.
+        UserError: it does not fit on the disk.
+    """
+    check_target(run.out)
+    checkpoint = open_checkpoint(run.student)
+    facts = read_facts(checkpoint)
+    if run.target == "gguf":
+        to_gguf.check(checkpoint, facts)
+    shapes = tensor_shapes(checkpoint)
+    needed = _bytes(run, facts, shapes)
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    largest = max(int(np.prod(shape)) for shape in shapes.values())
+    stored = sum(path.stat().st_size for path in checkpoint.weights)
+    existing = next(p for p in [run.out.resolve(), *run.out.resolve().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    peak = LIBRARIES_BYTES + stored + 4 * largest
+    found = {
+        "artefact": str(run.out),
+        "dry_run": run.dry_run,
+        "parameters": count,
+        "bytes": needed,
+        "free_bytes": free,
+        "seconds": round(SECONDS + SECONDS_PER_LAYER * facts.layers + SECONDS_PER_GB * stored / 1e9),
+        "peak_rss_bytes": peak,
+    }
+    check_disk(run.out, needed, free)
+    available = available_memory()
+    if available is not None and peak > available:
+        note(f"warning: this takes about {peak / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free")
+    return found
+
+
+def check_disk(out: Path, needed: int, free: int) -> None:
+    if needed > free:
+        raise UserError(f"{out} needs {needed} bytes, {free} are free; choose another folder with --out")
+
+
+def available_memory() -> int | None:
+    """Bytes a new process may take, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every stored tensor; reads headers only.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in checkpoint.weights:
+        try:
+            with safe_open(path, "np") as tensors:
+                names = tensors.keys()  # the handle itself cannot be iterated
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be loaded ({error}); copy it again") from None
+    return shapes
+
+
+def _bytes(run: ExportOptions, facts: Facts, shapes: dict[str, tuple[int, ...]]) -> int:
+    table = facts.vocab_size * facts.hidden
+    if run.target != "onnx":
+        count = sum(int(np.prod(shape)) for shape in shapes.values())
+        count += table if facts.tied and run.target == "tensorrt" else 0
+        bits = KINDS[run.precision].bits if run.target == "tensorrt" else BITS[run.precision]
+        return int(count * bits / 8)
+    precision = parse_precision(run.precision)
+    bits_of = {part: _bits(getattr(precision, part)) for part in PARTS}
+    total = table * (bits_of["embed"] + bits_of["head"]) / 8
+    for name, shape in shapes.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            continue
+        part = "vision" if "vision_tower" in name or "projector" in name else "decoder"
+        bits = bits_of[part] if len(shape) == 2 and "position" not in name else 32
+        total += int(np.prod(shape)) * bits / 8
+    return int(total)
+
+
+def _bits(kind: str) -> float:
+    """With the scales of the blocks."""
+    known = KINDS[kind]
+    return known.bits if known.bits >= 16 else known.bits + (16 if known.half else 32) / BLOCK
