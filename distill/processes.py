@@ -5,6 +5,7 @@ Everything here is a plain call in a run of one process.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 from collections.abc import Callable, Sequence
@@ -29,6 +30,13 @@ def join() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Without this the group's threads outlive the interpreter and abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world() -> int:
