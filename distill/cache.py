@@ -105,7 +105,7 @@ class CachedPass:
         return self._take(at_R)
 
     def fixed_candidates(self) -> ribbon.Candidates:
-        """The first K stored candidates of every response position, each with weight 1 / K."""
+        """The first K stored candidates of every response position, each with weight 1 / K; align.tpa_share is moot."""
         sample_N, place_N = self.batch.response_places()
         gold_N = self.batch.input_ids_BT[sample_N, place_N]
         ids_NK = torch.cat([entry.candidate_NC[:, : self.used] for entry in self.entries]).to(self.device)
@@ -245,5 +245,5 @@ def _refuse_what_is_not_stored(config: TrainConfig, stored: dict[str, Any]) -> N
             f"follow; make {cache} with --candidates {config.align.candidates} (drawn once, from the teacher), use a "
             "live teacher, or --objective kd+iva"
         )
-    if config.align.tpa_share != 1 or config.align.tpa_entropy != 0:
-        raise UserError("align.tpa_share and align.tpa_entropy need candidates of the student; drop them with a cache")
+    if config.align.tpa_entropy != 0:  # tpa_share is about what the student draws, and stored candidates are all used
+        raise UserError("align.tpa_entropy needs candidates of the student; drop it with a cache")
