@@ -17,7 +17,7 @@ from distill.data.images import open_source
 from distill.data.record import NAMES, Format, Record, parse
 from distill.data.source import Source, open_source_of, root_of
 from distill.data.survey import BadSample, Look, Survey, conversation, survey
-from distill.data.tables import cache_dir
+from distill.data.tables import HUB, cache_dir
 from vlm import chat, preprocess
 from vlm.console import note
 from vlm.errors import BadImage, DataError
@@ -56,6 +56,7 @@ class Records(Dataset):  # type: ignore[type-arg]
     """Training examples of a checked data set, or of some of its records.
 
     Attributes:
+        name: what the data set is called in reports.
         numbers: places in the source of the records held here.
         epoch: seeds the order a sampler gives; set by whoever counts epochs.
     """
@@ -68,10 +69,11 @@ class Records(Dataset):  # type: ignore[type-arg]
         numbers: npt.NDArray[np.int64],
         tokenizer: chat.ChatTokenizer,
         image: preprocess.ImageSpec,
+        name: str,
     ) -> None:
         self.source, self.survey, self.root, self.numbers = source, found, root, numbers
         self.tokenizer, self.image = tokenizer, image
-        self.epoch = 0
+        self.name, self.epoch = name, 0
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -111,7 +113,7 @@ class Records(Dataset):  # type: ignore[type-arg]
 
     def subset(self, numbers: npt.NDArray[np.int64]) -> Records:
         """The same data set with other records of it."""
-        return Records(self.source, self.survey, self.root, numbers, self.tokenizer, self.image)
+        return Records(self.source, self.survey, self.root, numbers, self.tokenizer, self.image, self.name)
 
     def write_skipped(self, folder: Path) -> None:
         if self.survey.bad:
@@ -119,12 +121,11 @@ class Records(Dataset):  # type: ignore[type-arg]
 
     def describe(self) -> dict[str, object]:
         """What a student's provenance says about its data."""
-        files = self.source.files
         return {
-            "name": files[0].name if len(files) == 1 else self.where(0).partition(" record ")[0],
+            "name": self.name,
             "format": self.survey.format,
             "container": self.source.kind,
-            "files": len(files),
+            "files": len(self.source.files),
             "samples": len(self),
             "skipped": len(self.survey.bad),
             "content_sha256": self.survey.content_sha256(),
@@ -153,7 +154,8 @@ def open_records(
     if found.bad:
         _report_bad(found, data, options.on_bad_image)
     keep = np.setdiff1d(np.arange(len(source)), np.array([sample.index for sample in found.bad], np.int64))
-    records = Records(source, found, root, keep, tokenizer, image)
+    name = str(data) if str(data).startswith(HUB) else data.name
+    records = Records(source, found, root, keep, tokenizer, image, name)
     if context is not None:
         check_lengths(records, context)
     note(f"data: {summary(records)}")
@@ -167,10 +169,10 @@ def summary(records: Records) -> str:
     low, middle, high = (int(v) for v in np.percentile(found.tokens[kept], (0, 50, 100)))
     left_out = f", {len(found.bad)} left out" if found.bad else ""
     repeated = len(kept) - len(np.unique(found.content[kept]))
-    twice = f", {repeated} occur twice" if repeated else ""
+    again = f", {repeated} repeated" if repeated else ""
     shards = f" in {len(records.source.files)} files" if len(records.source.files) > 1 else ""
     return (
-        f"{NAMES[found.format]} ({records.source.kind}{shards}), {len(kept)} records{left_out}{twice}, "
+        f"{NAMES[found.format]} ({records.source.kind}{shards}), {len(kept)} records{left_out}{again}, "
         f"{int(images.sum())} images ({int((images == 0).sum())} records without), "
         f"{low} to {high} tokens (median {middle})"
     )

@@ -60,7 +60,9 @@ class TextSource:
             return Raw(json.loads(self._bytes()[start:stop]))
         except (ValueError, RecursionError) as error:
             reason = f"line {self._line(start)}: {error}" if self.lines else str(error)
-            raise DataError(f"{self.where(index)}: field '': not valid JSON ({reason}); write it again") from None
+            raise DataError(
+                f"{self.where(index)}: the whole record is not valid JSON ({reason}); write it again"
+            ) from None
 
     def where(self, index: int) -> str:
         return f"{self.file} record {index}"
