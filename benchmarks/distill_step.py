@@ -184,9 +184,12 @@ VARIANTS = {
     "align-ti": ("align-ti", Align()),
     "kd+iva": ("kd+iva", Align()),
     "kd+tpa": ("kd+tpa", Align()),
-    "half the positions": ("align-ti", Align(tpa_share=0.5)),
-    "every visual position": ("align-ti", Align(iva_rows=0)),
-    "distinct candidates, every visual position": ("align-ti", Align(iva_rows=0, sampling="distinct")),
+    "every position": ("align-ti", Align(tpa_share=1.0)),
+    "every position, every visual token": ("align-ti", Align(tpa_share=1.0, iva_rows=0)),
+    "distinct candidates, every position, every visual token": (
+        "align-ti",
+        Align(tpa_share=1.0, iva_rows=0, sampling="distinct"),
+    ),
 }
 
 

@@ -78,7 +78,7 @@ def parse(argv: Sequence[str]) -> Plan:
     parser.add_argument("--preset", default="digits", choices=sorted(presets.PRESETS))
     parser.add_argument("--objectives", default="sft,kd,align-ti", help=f"comma-separated, of {', '.join(OBJECTIVES)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
-    parser.add_argument("--lrs", default="5e-4,1e-3,2e-3", help="learning rates every objective is tried with")
+    parser.add_argument("--lrs", default="2.5e-4,5e-4,1e-3", help="learning rates every objective is tried with")
     parser.add_argument("--steps", type=natural, default=0, help="steps of the equal-steps budget (default: 350)")
     parser.add_argument("--sweep-steps", type=natural, default=0, help="steps of a sweep run (default: 250)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     plan = parse(argv)
     started = time.monotonic()
     lrs = _sweep(plan)
-    seconds = _step_times(plan)
+    seconds = _step_times(plan, lrs)
     slowest = max(seconds.values())
     budgets = {name: max(plan.steps, round(plan.steps * slowest / seconds[name])) for name in plan.objectives}
     base = presets.defaults(plan.preset)
@@ -154,13 +154,7 @@ def _config(plan: Plan, base: TrainConfig, name: str, objective: str, steps: int
 def _sweep(plan: Plan) -> dict[str, float]:
     """Best learning rate of each objective by validation accuracy, on a seed not used afterwards."""
     base = presets.defaults(plan.preset)
-    configs = {
-        (name, lr): _config(
-            plan, base, f"sweep-{name}-{plan.sweep_steps}steps-lr{lr:g}", name, plan.sweep_steps, lr, SWEEP_SEED
-        )
-        for name in plan.objectives
-        for lr in plan.lrs
-    }
+    configs = {(name, lr): _sweep_config(plan, base, name, lr) for name in plan.objectives for lr in plan.lrs}
     _run_all(plan, list(configs.values()), "learning-rate sweep")
     scores = {key: _validation(config) for key, config in configs.items()}
     best = {name: max(plan.lrs, key=lambda lr: scores[name, lr]) for name in plan.objectives}
@@ -168,6 +162,11 @@ def _sweep(plan: Plan) -> dict[str, float]:
         tried = ", ".join(f"{lr:g}: {scores[name, lr]:.3f}" for lr in plan.lrs)
         note(f"{name}: validation exact match by learning rate: {tried}; using {best[name]:g}")
     return best
+
+
+def _sweep_config(plan: Plan, base: TrainConfig, name: str, lr: float) -> TrainConfig:
+    out = f"sweep-{name}-{plan.sweep_steps}steps-lr{lr:g}"
+    return _config(plan, base, out, name, plan.sweep_steps, lr, SWEEP_SEED)
 
 
 def _run_all(plan: Plan, configs: list[TrainConfig], label: str) -> None:
@@ -221,8 +220,12 @@ def _validation(config: TrainConfig) -> float:
     return [float(m["eval_exact_match"]) for m in read_metrics(config.out / METRICS) if "eval_exact_match" in m][-1]
 
 
-def _step_times(plan: Plan, rounds: int = 25) -> dict[str, float]:
-    """Median seconds of one optimiser step of each objective, interleaved so that noise hits all alike."""
+def _step_times(plan: Plan, lrs: dict[str, float], rounds: int = 15) -> dict[str, float]:
+    """Seconds of one optimiser step of each objective, interleaved so that noise hits all alike.
+
+    Candidates get fewer as the student gets surer, so this is the mean of a new student's step and of one trained by
+    the learning-rate sweep.
+    """
     stored = plan.out / "step_seconds.json"
     if stored.is_file():
         seconds: dict[str, float] = json.loads(stored.read_text())
@@ -230,8 +233,14 @@ def _step_times(plan: Plan, rounds: int = 25) -> dict[str, float]:
             return seconds
     from distill.steptime import measure
 
-    base = dataclasses.replace(presets.defaults(plan.preset), threads=1)
-    seconds = measure([dataclasses.replace(base, objective=name) for name in plan.objectives], rounds)
+    base = presets.defaults(plan.preset)
+    fresh = [dataclasses.replace(base, objective=name, threads=1) for name in plan.objectives]
+    trained = [
+        dataclasses.replace(config, student=str(_sweep_config(plan, base, name, lrs[name]).out / "student"))
+        for name, config in zip(plan.objectives, fresh, strict=True)
+    ]
+    at_start, at_end = measure(fresh, rounds), measure(trained, rounds)
+    seconds = {name: (at_start[name] + at_end[name]) / 2 for name in plan.objectives}
     write_atomic(stored, json.dumps(seconds) + "\n")
     return seconds
 

@@ -74,7 +74,7 @@ class Align:
     drop_gold: bool = True
     layout: Layout = "cached"
     packing: bool = False
-    tpa_share: float = 1.0
+    tpa_share: float = 0.5
     tpa_entropy: float = 0.0
     iva_rows: int = 32
     iva_layer: int = -1

@@ -145,7 +145,7 @@ def qwen2_answer() -> str:
 
 
 def all_terms(pair: Pair, layout: Layout = "cached", **weights: float) -> Objective:
-    align = Align(layout=layout, sampling="top-k")
+    align = Align(layout=layout, sampling="top-k", tpa_share=1.0, iva_rows=0)
     return Objective(TERMS, LossWeights(**weights), align, LiveTeacher(pair.teacher, align, iva_layer=1), 10**6)
 
 

@@ -39,7 +39,7 @@ class Runs:
             )
         with self.lock:
             self.seen.append(config)
-        score = {5e-4: 0.1, 1e-3: 0.3, 2e-3: 0.2}[config.lr] + config.steps / 1e4 + config.seed / 1e6
+        score = {2.5e-4: 0.2, 5e-4: 0.1, 1e-3: 0.3}[config.lr] + config.steps / 1e4 + config.seed / 1e6
         (config.out / "student").mkdir(parents=True, exist_ok=True)
         (config.out / "metrics.jsonl").write_text(json.dumps({"step": config.steps, "eval_exact_match": score}) + "\n")
         (config.out / "student" / "vlm.json").write_text(json.dumps({"exact_match": score}))
@@ -50,7 +50,7 @@ class Runs:
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
     monkeypatch.setattr(compare.subprocess, "run", fake)
-    monkeypatch.setattr(compare, "_step_times", lambda plan: {name: SECONDS[name] for name in plan.objectives})
+    monkeypatch.setattr(compare, "_step_times", lambda plan, _: {name: SECONDS[name] for name in plan.objectives})
     return fake
 
 
@@ -76,7 +76,7 @@ def test_every_run_gets_its_own_recipe_and_budgets_are_fair(
     assert compare.main(arguments(tmp_path / "c")) == 0
     assert len({config.out for config in runs.seen}) == len(runs.seen), "two jobs shared a recipe"
     sweep = [config for config in runs.seen if config.seed == compare.SWEEP_SEED]
-    assert {(c.objective, c.lr) for c in sweep} == {(o, lr) for o in SECONDS for lr in (5e-4, 1e-3, 2e-3)}
+    assert {(c.objective, c.lr) for c in sweep} == {(o, lr) for o in SECONDS for lr in (2.5e-4, 5e-4, 1e-3)}
     assert len({config.steps for config in sweep}) == 1
     final = [config for config in runs.seen if config.seed != compare.SWEEP_SEED]
     assert {config.lr for config in final} == {1e-3}, "the sweep's best rate is used"
@@ -116,7 +116,7 @@ def test_a_failed_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return subprocess.CompletedProcess(command, 2, "", "noise\nerror: no such teacher\n")
 
     monkeypatch.setattr(compare.subprocess, "run", fail)
-    with pytest.raises(ToolError, match=r"sweep-sft-100steps-lr0\.0005 failed .*no such teacher"):
+    with pytest.raises(ToolError, match=r"sweep-sft-100steps-lr0\.00025 failed .*no such teacher"):
         compare.main([*arguments(tmp_path / "c"), "--objectives", "sft"])
 
 
