@@ -16,7 +16,7 @@ Shape legend: R = rows, D = student hidden, E = teacher hidden, V = vocabulary, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from distill.access import Head
 from distill.config import Direction
 from distill.teacher import DenseTarget, SparseTarget, Target
 
-# a chunk's logits take at most this many bytes; larger chunks are no faster on a CPU and leave its cache
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# one buffer of a chunk (there are three, four where cross-entropy needs a softmax of its own) takes at most this many
+# bytes; fewer rows make a CPU's products slower, more do not make them faster
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 512 << 20}
 Look = Callable[[Tensor, slice], None]
 
 
@@ -94,9 +95,10 @@ class HeadLoss:
         grad_RD = torch.zeros_like(rows.hidden_RD) if wants_grad and rows.hidden_RD.requires_grad else None
         with torch.no_grad():
             weight_VD = _compute_type(self.head.weight_VD)
+            work = _Work(min(self.chunk, count), len(weight_VD), device)
             for start in range(0, count, self.chunk):
                 part = slice(start, min(start + self.chunk, count))
-                self._chunk(rows, part, weight_VD, ce_R, kl_R, grad_RD)
+                self._chunk(rows, part, weight_VD, ce_R, kl_R, grad_RD, work)
             for value_R, weight_R in ((ce_R, rows.ce_weight_R), (kl_R, rows.kl_weight_R)):
                 if value_R is not None and weight_R is not None:
                     self._value += (value_R * weight_R).sum()
@@ -121,34 +123,18 @@ class HeadLoss:
         ce_R: Tensor | None,
         kl_R: Tensor | None,
         grad_RD: Tensor | None,
+        work: _Work,
     ) -> None:
         hidden = rows.hidden_RD[part].to(weight_VD.dtype)
-        logits = (hidden @ weight_VD.T).float()
-        cap = self.head.soft_cap
-        if cap is not None:
-            logits = logits.div_(cap).tanh_().mul_(cap)
+        logits = _logits(hidden, weight_VD, self.head.soft_cap, work.buffer("logits", len(hidden)))
         if rows.look is not None:
             rows.look(logits[:, : self.vocabulary], part)
         if ce_R is None and kl_R is None:
             return
         trains = grad_RD is not None or self._grad_VD is not None
+        cap = self.head.soft_cap
         slope = None if cap is None or not trains else 1 - (logits / cap) ** 2
-        kl = None
-        if kl_R is not None:
-            assert rows.target is not None
-            assert rows.kl_weight_R is not None
-            kl = self._divergence(logits, rows.target, part, rows.kl_weight_R[part], trains)
-            kl_R[part] = kl.value_R
-        gradient = None
-        if ce_R is not None:
-            assert rows.label_R is not None
-            assert rows.ce_weight_R is not None
-            ce_R[part], gradient = _cross_entropy(logits, rows.label_R[part], rows.ce_weight_R[part], trains)
-        if kl is not None and kl.gradient_RV is not None:
-            if gradient is None:
-                gradient = logits.zero_() if kl.gradient_RV.shape != logits.shape else kl.gradient_RV
-            if gradient is not kl.gradient_RV:
-                gradient[:, : self.vocabulary] += kl.gradient_RV
+        gradient = self._losses(rows, part, logits, ce_R, kl_R, trains, work)
         if gradient is None:
             return
         if slope is not None:
@@ -159,68 +145,164 @@ class HeadLoss:
         if self._grad_VD is not None:
             _add_product(self._grad_VD, narrow, hidden)
 
-    def _divergence(self, logits: Tensor, target: Target, part: slice, weight_R: Tensor, trains: bool) -> _Divergence:
-        student = torch.log_softmax(logits[:, : self.vocabulary] / self.temperature, dim=-1)
-        if isinstance(target, SparseTarget):
-            return _sparse_divergence(student, target, part, weight_R, self.temperature, self.direction, trains)
-        teacher = self._teacher_rows(target, part)
-        if self.direction == "forward":
-            p = teacher.exp()
-            value_R = (p * teacher.sub_(student)).sum(dim=-1)
-            gradient = student.exp_().sub_(p) if trains else None
-        else:
-            q = student.exp()
-            ratio = student.sub_(teacher)
-            value_R = (q * ratio).sum(dim=-1)
-            gradient = ratio.sub_(value_R[:, None]).mul_(q) if trains else None
-        if gradient is not None:
-            gradient.mul_((weight_R * self.temperature)[:, None])
-        return _Divergence(value_R * self.temperature**2, gradient)
+    def _losses(
+        self,
+        rows: Rows,
+        part: slice,
+        logits: Tensor,
+        ce_R: Tensor | None,
+        kl_R: Tensor | None,
+        trains: bool,
+        work: _Work,
+    ) -> Tensor | None:
+        """Fill in the chunk's values; the weighted gradient of the logits, which are used up."""
+        if kl_R is None:
+            assert ce_R is not None
+            ce_R[part], gradient = _cross_entropy(logits, rows, part, trains, work)
+            return gradient
+        assert rows.target is not None
+        assert rows.kl_weight_R is not None
+        # where both terms read the same softmax, cross-entropy comes out of the divergence's buffers
+        one_softmax = self.temperature == 1.0 and self.vocabulary == logits.shape[1]
+        dense_forward = self.direction == "forward" and isinstance(rows.target, DenseTarget)
+        shared = ce_R is not None and one_softmax and dense_forward
+        apart = ce_R is not None and not shared
+        terms = _Terms(rows.kl_weight_R[part], self.temperature, self.direction, trains)
+        if shared and rows.label_R is not None and rows.ce_weight_R is not None:
+            terms = replace(terms, label_R=rows.label_R[part], ce_weight_R=rows.ce_weight_R[part])
+        kl = self._divergence(logits, rows.target, part, terms, work, apart)
+        kl_R[part] = kl.value_R
+        if ce_R is not None and kl.ce_R is not None:
+            ce_R[part] = kl.ce_R
+        if ce_R is None or shared:
+            return _widen(kl.gradient_RV, logits)
+        ce_R[part], gradient = _cross_entropy(logits, rows, part, trains, work)
+        if gradient is not None and kl.gradient_RV is not None:
+            gradient[:, : self.vocabulary] += kl.gradient_RV
+        return gradient
 
-    def _teacher_rows(self, target: DenseTarget, part: slice) -> Tensor:
+    def _divergence(
+        self, logits: Tensor, target: Target, part: slice, terms: _Terms, work: _Work, keep: bool
+    ) -> _Divergence:
+        """Divergence of one chunk; `keep` says that the logits are needed afterwards."""
+        student = work.buffer("student", len(logits), self.vocabulary)
+        shared = logits[:, : self.vocabulary]
+        scaled = shared
+        if self.temperature != 1.0:
+            scaled = torch.div(shared, self.temperature, out=work.buffer("teacher", *student.shape))
+        torch.log_softmax(scaled, dim=-1, out=student)
+        if isinstance(target, SparseTarget):
+            return _sparse_divergence(student, target, part, terms)
         weight_VE = _compute_type(target.head.weight_VD)[: self.vocabulary]
-        logits = (target.hidden_RE[part].to(weight_VE.dtype) @ weight_VE.T).float()
-        cap = target.head.soft_cap
-        if cap is not None:
-            logits = logits.div_(cap).tanh_().mul_(cap)
-        return torch.log_softmax(logits.div_(self.temperature), dim=-1)
+        hidden = target.hidden_RE[part].to(weight_VE.dtype)
+        raw = _logits(hidden, weight_VE, target.head.soft_cap, work.buffer("teacher", *student.shape))
+        if self.temperature != 1.0:
+            raw.div_(self.temperature)
+        spare = work.buffer("spare" if keep else "logits", *student.shape)
+        teacher = torch.log_softmax(raw, dim=-1, out=spare)
+        return _dense_divergence(student, teacher, raw, terms)
+
+
+class _Work:
+    """Buffers that every chunk uses again: touching fresh pages costs more than the arithmetic on them."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.size, self.columns, self.device = rows * columns, columns, device
+        self._made: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, rows: int, columns: int = 0) -> Tensor:
+        """A contiguous float32 buffer [rows, columns], with whatever it held before."""
+        columns = columns or self.columns
+        if name not in self._made:
+            self._made[name] = torch.empty(self.size, dtype=torch.float32, device=self.device)
+        return self._made[name][: rows * columns].view(rows, columns)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What a divergence of one chunk is asked for; with labels, cross-entropy over the same softmax too."""
+
+    kl_weight_R: Tensor
+    temperature: float
+    direction: Direction
+    trains: bool
+    label_R: Tensor | None = None
+    ce_weight_R: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Divergence:
     value_R: Tensor
     gradient_RV: Tensor | None
+    ce_R: Tensor | None = None
 
 
-def _cross_entropy(logits: Tensor, label_R: Tensor, weight_R: Tensor, trains: bool) -> tuple[Tensor, Tensor | None]:
-    """(value_R, gradient_RV or None); the logits are used up."""
-    normaliser_R = logits.logsumexp(dim=-1)
-    value_R = normaliser_R - logits.gather(1, label_R[:, None]).squeeze(1)
+def _logits(hidden_RD: Tensor, weight_VD: Tensor, cap: float | None, out_RV: Tensor) -> Tensor:
+    """Float32 logits of a few rows in the given buffer."""
+    if hidden_RD.dtype == out_RV.dtype:
+        torch.mm(hidden_RD, weight_VD.T, out=out_RV)
+    else:
+        out_RV.copy_(hidden_RD @ weight_VD.T)
+    return out_RV if cap is None else out_RV.div_(cap).tanh_().mul_(cap)
+
+
+def _widen(gradient_RV: Tensor | None, logits_RV: Tensor) -> Tensor | None:
+    """A gradient of the leading columns as one of all columns, in the logits' buffer where it has to grow."""
+    if gradient_RV is None or gradient_RV.shape == logits_RV.shape:
+        return gradient_RV
+    wide_RV = logits_RV.zero_()
+    wide_RV[:, : gradient_RV.shape[1]] = gradient_RV
+    return wide_RV
+
+
+def _cross_entropy(logits: Tensor, rows: Rows, part: slice, trains: bool, work: _Work) -> tuple[Tensor, Tensor | None]:
+    """(value_R, weighted gradient_RV or None)."""
+    assert rows.label_R is not None
+    assert rows.ce_weight_R is not None
+    label_R, weight_R = rows.label_R[part], rows.ce_weight_R[part]
+    log_q = torch.log_softmax(logits, dim=-1, out=work.buffer("teacher", *logits.shape))
+    value_R = -log_q.gather(1, label_R[:, None]).squeeze(1)
     if not trains:
         return value_R, None
-    gradient = logits.sub_(normaliser_R[:, None]).exp_().mul_(weight_R[:, None])
-    gradient.scatter_add_(1, label_R[:, None], -weight_R[:, None].to(gradient.dtype))
-    return value_R, gradient
+    gradient = log_q.exp_().mul_(weight_R[:, None])
+    return value_R, gradient.scatter_add_(1, label_R[:, None], -weight_R[:, None].to(gradient.dtype))
 
 
-def _sparse_divergence(
-    student: Tensor,
-    target: SparseTarget,
-    part: slice,
-    weight_R: Tensor,
-    temperature: float,
-    direction: Direction,
-    trains: bool,
-) -> _Divergence:
-    if direction != "forward":
+def _dense_divergence(student: Tensor, teacher: Tensor, spare: Tensor, terms: _Terms) -> _Divergence:
+    """From log-softmax rows of both models; all three buffers are used up."""
+    weight_R1 = (terms.kl_weight_R * terms.temperature)[:, None]
+    ce_R = None if terms.label_R is None else -student.gather(1, terms.label_R[:, None]).squeeze(1)
+    if terms.direction == "forward":
+        p = torch.exp(teacher, out=spare)
+        value_R = teacher.sub_(student).mul_(p).sum(dim=-1)
+        gradient = _forward_gradient(student, p, weight_R1, terms) if terms.trains else None
+    else:
+        q = torch.exp(student, out=spare)
+        ratio = student.sub_(teacher)
+        value_R = torch.mul(q, ratio, out=teacher).sum(dim=-1)
+        gradient = ratio.sub_(value_R[:, None]).mul_(q).mul_(weight_R1) if terms.trains else None
+    return _Divergence(value_R * terms.temperature**2, gradient, ce_R)
+
+
+def _forward_gradient(log_q: Tensor, p: Tensor, weight_R1: Tensor, terms: _Terms) -> Tensor:
+    """weight (q - p), and with labels ce_weight (q - onehot) too."""
+    if terms.label_R is None or terms.ce_weight_R is None:
+        return log_q.exp_().sub_(p).mul_(weight_R1)
+    ce_R1 = terms.ce_weight_R[:, None].to(p.dtype)
+    gradient = log_q.exp_().mul_(weight_R1 + ce_R1).addcmul_(p, weight_R1.to(p.dtype), value=-1)
+    return gradient.scatter_add_(1, terms.label_R[:, None], -ce_R1)
+
+
+def _sparse_divergence(student: Tensor, target: SparseTarget, part: slice, terms: _Terms) -> _Divergence:
+    if terms.direction != "forward":
         raise ValueError("stored teacher distributions serve the forward divergence only")
     ids, probs = target.ids_RK[part], target.probs_RK[part].float()
     value_R = target.negentropy_R[part].float() - (probs * student.gather(1, ids)).sum(dim=-1)
     gradient = None
-    if trains:
+    if terms.trains:
         gradient = student.exp_().mul_(probs.sum(dim=-1, keepdim=True)).scatter_add_(1, ids, -probs)
-        gradient.mul_((weight_R * temperature)[:, None])
-    return _Divergence(value_R * temperature**2, gradient)
+        gradient.mul_((terms.kl_weight_R * terms.temperature)[:, None])
+    return _Divergence(value_R * terms.temperature**2, gradient)
 
 
 def _compute_type(weight: Tensor) -> Tensor:

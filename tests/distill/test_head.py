@@ -162,3 +162,29 @@ def test_differentiating_twice_is_refused() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         total.backward()
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("terms", ["kl", "both"])
+def test_one_softmax_serves_both_terms_when_the_vocabularies_are_equal(soft_cap: float | None, terms: str) -> None:
+    case = Case(soft_cap)
+    teacher_weight = torch.randn(V, E, generator=torch.Generator().manual_seed(9))
+    target = DenseTarget(case.teacher_hidden, Head(teacher_weight, soft_cap))
+    logp, logq = (
+        h.logits(x).log_softmax(-1)
+        for h, x in ((target.head, case.teacher_hidden), (Head(case.weight, soft_cap), case.hidden))
+    )
+    ce_R = F.nll_loss(logq, case.label, reduction="none")
+    kl_R = (logp.exp() * (logp - logq)).sum(-1)
+    both = terms == "both"
+    expected = (kl_R * case.kl_weight).sum() + (ce_R * case.ce_weight).sum() * both
+    expected_grads = case.gradients(expected)
+    loss = HeadLoss(Head(case.weight, soft_cap), V, chunk=4)
+    found = loss.add(
+        Rows(case.hidden, case.label if both else None, case.ce_weight if both else None, target, case.kl_weight)
+    )
+    torch.testing.assert_close(found.kl_R, kl_R.detach(), atol=1e-6, rtol=1e-5)
+    if both:
+        torch.testing.assert_close(found.ce_R, ce_R.detach(), atol=1e-6, rtol=1e-5)
+    for ours, theirs in zip(case.gradients(loss.total()), expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
