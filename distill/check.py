@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from distill import check_blind, check_parts, check_steps, irs
+from distill import check_blind, check_parts, check_steps, irs, placement
 from distill.batch import Batch
 from distill.check_parts import DataFigures, Finding, TokenRow
 from distill.check_steps import Disk, Gradients, Memory, Point
@@ -23,7 +23,6 @@ from distill.config import TrainConfig
 from distill.data import Collator, Example, Examples, to_batch
 from distill.objective import Objective
 from distill.stages import START_FIELDS
-from distill.teacher import LiveTeacher
 from vlm.console import note, print_json
 from vlm.errors import GateFailed, UserError
 
@@ -167,12 +166,12 @@ def check_stage(name: str, config: TrainConfig, blind_samples: int, notes: tuple
     memory = Memory()
     with tempfile.TemporaryDirectory() as work:  # a student made of parts is written down before it is loaded
         run = load_run(dataclasses.replace(config, out=Path(work)))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = placement.student_device()
     run.student.to(device)
-    collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
+    collate = run.collate()
 
-    def batch_of(examples: Sequence[Example]) -> Batch:
-        return to_batch({key: value.to(device) for key, value in collate(examples).items()})
+    def batch_of(examples: Sequence[Example], where: torch.device = device) -> Batch:
+        return to_batch({key: value.to(where) for key, value in collate(examples).items()})
 
     drawn, longest, lengths = _draw(run.data.train, config.seed)
     has_images = any(example.pixels for example in drawn)
@@ -231,16 +230,18 @@ def _draw(examples: Examples, seed: int) -> tuple[list[Example], list[Example], 
 
 
 def _objective(run: Run, collate: Collator) -> tuple[Objective, tuple[str, ...]]:
-    config, teacher = run.config, None
+    from distill import train
+
+    config, layer = run.config, max(run.config.align.iva_layer, 0)
     notes: tuple[str, ...] = ()
-    if run.teacher is not None:
-        layer = max(config.align.iva_layer, 0)
-        if "iva" in config.terms and config.align.iva_layer < 0:
-            pairs = min(IRS_PAIRS, config.align.irs_pairs)
-            layer = irs.layer_scores(run.teacher, run.data.train, pairs, collate).best
-            notes = (f"IVA layer {layer}, chosen here over {pairs} pairs (training: {config.align.irs_pairs})",)
-        teacher = LiveTeacher(run.teacher, config.align, layer)
-    return Objective(config.terms, config.weights, config.align, teacher, run.vocabulary), notes
+    if run.teacher is not None and "iva" in config.terms and config.align.iva_layer < 0:
+        pairs = min(IRS_PAIRS, config.align.irs_pairs)
+        layer = irs.layer_scores(run.teacher, run.data.train, pairs, collate).best
+        notes = (f"IVA layer {layer}, chosen here over {pairs} pairs (training: {config.align.irs_pairs})",)
+    if run.cached is not None:
+        notes = ("the teacher is read from its cache, so its own use of the images is not tested",)
+    align = train._recomputed(run)
+    return Objective(config.terms, config.weights, align, run.asked(align, layer), run.vocabulary), notes
 
 
 def _optimizer(config: TrainConfig, run: Run) -> torch.optim.Optimizer:

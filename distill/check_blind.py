@@ -18,6 +18,7 @@ from distill.batch import Batch, Normaliser
 from distill.check_parts import Finding
 from distill.data import Example
 from distill.objective import Objective
+from distill.placement import computes_on
 from distill.teacher import Teacher, TeacherPass
 from vlm.score import bootstrap_interval
 
@@ -69,16 +70,15 @@ def gains(
     student: nn.Module,
     teacher: nn.Module | None,
     examples: Sequence[Example],
-    batch_of: Callable[[Sequence[Example]], Batch],
+    batch_of: Callable[[Sequence[Example], torch.device], Batch],
 ) -> list[Gain]:
     """Every term of the student, and the teacher's own cross-entropy, sample by sample, right and exchanged."""
+    device = next(student.parameters()).device
     values: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    # a model without objective of its own: next-token loss on the answers
-    alone = Objective(("sft",), objective.weights, objective.align, None, objective.vocabulary)
     was_training = student.training
     student.eval()
     for own, other in zip(*visual.swapped(examples), strict=True):
-        right, wrong = batch_of([own]), batch_of([other])
+        right, wrong = batch_of([own], device), batch_of([other], device)
         ours = objective(student, right, Normaliser.of(right))[1]
         # the teacher's answer to the right image is the target in both
         fixed = objective.teacher and OnRightImages(objective.teacher, right)
@@ -87,8 +87,9 @@ def gains(
         for term, value in ours.items():
             values.setdefault(("student", term), []).append((float(value), float(theirs[term])))
         if teacher is not None:
-            pair = [float(alone(teacher, batch, Normaliser.of(batch))[1]["sft"]) for batch in (right, wrong)]
-            values.setdefault(("teacher", "sft"), []).append((pair[0], pair[1]))
+            place = computes_on(teacher)
+            costs = [float(visual.answers(teacher, batch_of([seen], place))[0]) for seen in (own, other)]
+            values.setdefault(("teacher", "sft"), []).append((costs[0], costs[1]))
     student.train(was_training)
     return [_gain(who, term, pairs) for (who, term), pairs in values.items()]
 

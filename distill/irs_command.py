@@ -89,7 +89,7 @@ def measure(config: TrainConfig, pairs: int) -> LayerScores:
     run = load_run(dataclasses.replace(alone, teacher=None, teacher_cache=None, objective="sft", batch_size=1))
     teacher = run.student.eval().requires_grad_(False)
     if torch.cuda.is_available():
-        teacher = teacher.to("cuda", torch.bfloat16)
+        teacher = teacher.to("cuda", getattr(torch, config.teacher_dtype))
     note(f"IRS over {pairs} pairs from {len(run.data.train)} samples")
     collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
     return layer_scores(teacher, run.data.train, pairs, collate, seed=config.seed)

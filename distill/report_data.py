@@ -25,6 +25,7 @@ from distill import access
 from distill.check_parts import data_figures
 from distill.config import TrainConfig
 from distill.data import Collator, Example, Examples, to_batch
+from distill.placement import computes_on, student_device
 from distill.stages import starting_from
 from vlm import chat, preprocess
 from vlm.files import write_atomic
@@ -48,8 +49,7 @@ def collect(out: Path, config: TrainConfig, shown: int = SHOWN) -> dict[str, Any
 
     gc.collect()
     run = load_run(starting_from(config, out / "student", plain=True))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run.student.to(device)
+    run.student.to(student_device())
     examples, split = _held_out(run)
     chosen = [examples[i * len(examples) // min(shown, len(examples))] for i in range(min(shown, len(examples)))]
     facts = {
@@ -110,7 +110,7 @@ def answer(model: nn.Module, prompt: Example, tokenizer: chat.ChatTokenizer, col
     """Greedy answer to a prompt, at most `limit` tokens, through the same forward pass that training uses."""
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = computes_on(model)
     batch = to_batch({name: value.to(device) for name, value in collate([prompt]).items()})
     gold = access.gold_pass(model, batch, keep_cache=True)
     decoder, head = access.decoder(model), access.head(model)

@@ -234,7 +234,7 @@ def page(run: Path, stages: Sequence[Record], others: Sequence[dict[str, Any]] =
     own = _summary(last, run.name if len(stages) == 1 else f"{run.name}, {last.name}")
     body = [
         f"<h1>{html.escape(run.name)}</h1>",
-        report_parts.headline(last, own, data),
+        report_parts.headline(stages, own, data),
         report_parts.columns([own, *others]) if others else "",
         *(report_parts.stage(number, stage, len(stages)) for number, stage in enumerate(stages, 1)),
         report_parts.samples(last, others),

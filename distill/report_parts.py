@@ -48,8 +48,9 @@ def accuracy(column: dict[str, Any]) -> str | None:
     return f"{column['exact_match']:.3f}"
 
 
-def headline(record: Record, own: dict[str, Any], data: dict[str, Any]) -> str:
-    """The figures somebody opens the page for."""
+def headline(stages: Sequence[Record], own: dict[str, Any], data: dict[str, Any]) -> str:
+    """The figures somebody opens the page for; of several stages the last one's, and what all took together."""
+    record = stages[-1]
     finished = bool(record.result)
     verdict = [m["visual_verdict"] for m in record.metrics if "visual_verdict" in m]
     gain = None if own["visual_gain"] is None else f"{own['visual_gain']:.3f}"
@@ -58,11 +59,14 @@ def headline(record: Record, own: dict[str, Any], data: dict[str, Any]) -> str:
     tiles = [
         (f"exact match ({low:.3f} to {high:.3f}, n = {own['n']})", score),
         (f"visual gain, {verdict[-1]}" if verdict else "visual gain", gain),
-        ("steps", str(own["steps"])),
-        ("training time", duration(own["seconds"])),
+        ("steps", str(sum(one.config["steps"] for one in stages))),
+        ("training time", duration(sum(one.result.get("seconds") or 0.0 for one in stages) or None)),
     ]
     teacher = (record.result.get("teacher") or {}).get("name") or record.config.get("teacher")
-    said = [f"{own['objective']} on {data.get('name', 'unnamed data')}", f"seed {own['seed']}"]
+    said = [
+        f"{' → '.join(one.config['objective'] for one in stages)} on {data.get('name', 'unnamed data')}",
+        f"seed {own['seed']}",
+    ]
     said += [f"teacher {teacher}"] if teacher else []
     said += [record.result["created"].replace("T", " ").replace("+00:00", " UTC")] if finished else ["not finished yet"]
     cells = "".join(
