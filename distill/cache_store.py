@@ -126,9 +126,10 @@ class Writer:
         # a killed writer may have left a cut line: keep the whole ones
         write_atomic_in_place(self._file, parts)
         known = {part.file for part in parts}
-        for stale in folder.glob(f"part-{self.name}-*.safetensors"):
-            if stale.name not in known:
-                stale.unlink()
+        for pattern in ("part-{}-*.safetensors", ".part-{}-*"):
+            for stale in folder.glob(pattern.format(self.name)):
+                if stale.name not in known:
+                    stale.unlink()
         self._number = max((int(name.split("-")[2].split(".")[0]) + 1 for name in known), default=0)
 
     def add(self, entry: Entry) -> None:
@@ -232,7 +233,7 @@ class Reader:
     def __contains__(self, key: bytes) -> bool:
         return key in self._place
 
-    def keys(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[bytes]:
         return iter(self._place)
 
     def records(self, data: str) -> set[int]:

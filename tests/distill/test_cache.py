@@ -114,7 +114,8 @@ def flat_gradient(hidden_RD: Tensor, head: Head, target: object) -> tuple[Tensor
     weight_R = torch.full((len(hidden_RD),), 1 / len(hidden_RD))
     values = loss.add(Rows(hidden_RD, target=target, kl_weight_R=weight_R)).kl_R  # type: ignore[arg-type]
     loss.total().backward()
-    assert hidden_RD.grad is not None and values is not None
+    assert hidden_RD.grad is not None
+    assert values is not None
     return values, hidden_RD.grad.sum(dim=0)
 
 
@@ -232,7 +233,8 @@ def test_a_share_of_the_visual_rows_keeps_the_heaviest(qwen2_pair: Pair) -> None
     kept_BT = weight_BT > 0
     with_image_B = batch.image_BT.any(dim=1)
     held_B = (whole * kept_BT).sum(dim=1)[with_image_B]
-    assert (held_B >= 0.5).all() and (kept_BT.sum(dim=1) < batch.image_BT.sum(dim=1))[with_image_B].all()
+    assert (held_B >= 0.5).all()
+    assert (kept_BT.sum(dim=1) < batch.image_BT.sum(dim=1))[with_image_B].all()
     assert torch.allclose(weight_BT.sum(dim=1)[with_image_B], torch.ones(int(with_image_B.sum())))
     lightest_B = torch.where(kept_BT, whole, torch.inf).amin(dim=1)[with_image_B]
     left_B = torch.where(kept_BT | ~batch.image_BT, 0, whole).amax(dim=1)[with_image_B]
