@@ -1,4 +1,4 @@
-"""Where a vision-language model keeps its parts: the only module that knows the layout of a model class."""
+"""Where a vision-language model keeps its parts: one face for all model classes (see families)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from distill.batch import Batch
 from distill.distiller import is_sharded
+from distill.families import family
 from distill.packing import additive
+from distill.ribbon import deepstack, for_decoder
 from vlm.errors import CheckpointError
 
 
@@ -29,7 +31,7 @@ class Head:
 
 def decoder(model: nn.Module) -> Any:
     """The causal decoder: takes inputs_embeds, returns the last hidden states."""
-    return model.model.language_model
+    return family(model).decoder(model)
 
 
 def head(model: nn.Module) -> Head:
@@ -49,62 +51,86 @@ def image_token(model: nn.Module) -> int:
     return int(model.config.image_token_id)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a decoder takes in.
+
+    Attributes:
+        position_BT: position ids; of a class with three position ids a token, position_BT3.
+        deep: deep_BTD for each of the first decoder layers, added to what comes out of it; zero beside image tokens.
+    """
+
+    embeds_BTD: Tensor
+    position_BT: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+
 def embed(model: nn.Module, batch: Batch) -> Tensor:
     """Token embeddings with image features scattered over the placeholder tokens: embeds_BTD."""
-    llava = model.model
-    embeds_BTD = llava.get_input_embeddings()(batch.input_ids_BT)
+    return inputs(model, batch).embeds_BTD
+
+
+def inputs(model: nn.Module, batch: Batch) -> Inputs:
+    """Token embeddings with image features in place, and the positions of the model's class."""
+    kind = family(model)
+    position_BT = kind.positions(model, batch)
+    embeds_BTD = decoder(model).get_input_embeddings()(batch.input_ids_BT)
     if batch.pixels_NCHW is None or len(batch.pixels_NCHW) == 0:
         if is_sharded(model):  # other processes may have images, and this one must follow them through the tower
-            return embeds_BTD + 0.0 * _features(model, _blank(model, embeds_BTD)).sum().to(embeds_BTD.dtype)
-        return embeds_BTD
-    flat = _features(model, batch.pixels_NCHW).to(embeds_BTD.dtype)
+            flat, deep = kind.features(model, _blank(model, embeds_BTD))
+            nothing = 0.0 * sum((part.sum() for part in deep), start=flat.sum())
+            embeds_BTD = embeds_BTD + nothing.to(embeds_BTD.dtype)
+        return Inputs(embeds_BTD, position_BT)
+    flat, deep = kind.features(model, batch.pixels_NCHW)
     if flat.shape[0] != int(batch.image_BT.sum()):
         raise ValueError(f"{int(batch.image_BT.sum())} image tokens but {flat.shape[0]} image features")
-    return embeds_BTD.masked_scatter(batch.image_BT[..., None], flat)
-
-
-def _features(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
-    config = model.config
-    features = model.model.get_image_features(
-        pixel_values=pixels_NCHW,
-        vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        return_dict=True,
-    ).pooler_output
-    return torch.cat(list(features), dim=0)
+    image_BT1 = batch.image_BT[..., None]
+    zero_BTD = torch.zeros_like(embeds_BTD)
+    return Inputs(
+        embeds_BTD.masked_scatter(image_BT1, flat.to(embeds_BTD.dtype)),
+        position_BT,
+        tuple(zero_BTD.masked_scatter(image_BT1, part.to(embeds_BTD.dtype)) for part in deep),
+    )
 
 
 def _blank(model: nn.Module, like: Tensor) -> Tensor:
-    vision = model.config.vision_config
-    return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=like.device)
+    kind = family(model)
+    side = kind.side(model)
+    return torch.zeros(1, kind.channels(model), side, side, device=like.device)
 
 
 @dataclass(frozen=True)
 class GoldPass:
-    """Result of one decoder pass over the gold sequence."""
+    """Result of one decoder pass over the gold sequence, and what went in."""
 
     hidden_BTD: Tensor
-    embeds_BTD: Tensor
+    inputs: Inputs
     cache: Any
+
+    @property
+    def embeds_BTD(self) -> Tensor:
+        return self.inputs.embeds_BTD
 
 
 def gold_pass(model: nn.Module, batch: Batch, keep_cache: bool) -> GoldPass:
     """Run the decoder over the gold tokens, keeping keys and values when asked to."""
-    embeds_BTD = embed(model, batch)
+    taken = inputs(model, batch)
     packing = batch.packing
     if packing is None:
         output = decoder(model)(
-            inputs_embeds=embeds_BTD,
+            inputs_embeds=taken.embeds_BTD,
             attention_mask=batch.attention_mask_BT,
-            position_ids=batch.position_BT,
+            position_ids=for_decoder(taken.position_BT),
             use_cache=keep_cache,
+            **deepstack(taken.deep),
         )
-        return GoldPass(output.last_hidden_state, embeds_BTD, output.past_key_values if keep_cache else None)
+        return GoldPass(output.last_hidden_state, taken, output.past_key_values if keep_cache else None)
     output = decoder(model)(
-        inputs_embeds=packing.pack(embeds_BTD),
-        attention_mask=additive(packing.visible(), embeds_BTD.dtype),
-        position_ids=packing.pack(batch.position_BT),
+        inputs_embeds=packing.pack(taken.embeds_BTD),
+        attention_mask=additive(packing.visible(), taken.embeds_BTD.dtype),
+        position_ids=for_decoder(packing.pack(taken.position_BT)),
         use_cache=keep_cache,
+        **deepstack([packing.pack(part) for part in taken.deep]),
     )
     cache = packing.unpack_cache(output.past_key_values) if keep_cache else None
-    return GoldPass(packing.unpack(output.last_hidden_state), embeds_BTD, cache)
+    return GoldPass(packing.unpack(output.last_hidden_state), taken, cache)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill import access
 from distill.attention import AttentionTap, instruction_to_vision
 from distill.data import Collator, Example, Examples, to_batch
 from distill.objective import gold_pass
@@ -177,7 +178,7 @@ def layer_scores(
         DataError: no pairs, or an instruction stands before its image.
     """
     built = build_pairs(examples, pairs, seed)
-    decoder = teacher.model.language_model
+    decoder = access.decoder(teacher)
     longest = max(len(example.ids) for pair in built.found for example in pair)
     per_pair = 4 * longest * int(decoder.config.hidden_size) * len(decoder.layers)
     size = size or max(1, min(32, TAP_BYTES // per_pair))

@@ -187,6 +187,23 @@ def candidate_mask(candidates: Candidates, attention_mask_BT: Tensor) -> Tensor:
     return torch.cat([prefix_BCT & candidates.keep_BC[..., None], itself_BCC], dim=-1)
 
 
+def for_decoder(position_BTX: Tensor) -> Tensor:
+    """Position ids as decoders take them: [B, T], or [3, B, T] for those with time, height and width."""
+    return position_BTX.movedim(-1, 0) if position_BTX.ndim == 3 else position_BTX
+
+
+def deepstack(deep: Sequence[Tensor]) -> dict[str, Any]:
+    """Arguments that add deep_BTD after each of the first decoder layers (nothing for classes without them)."""
+    if not deep:
+        return {}
+    everywhere_BT = torch.ones(deep[0].shape[:2], dtype=torch.bool, device=deep[0].device)
+    return {"visual_pos_masks": everywhere_BT, "deepstack_visual_embeds": [part.flatten(0, 1) for part in deep]}
+
+
+def _at(position_BTX: Tensor, place_BC: Tensor) -> Tensor:
+    return position_BTX.gather(1, place_BC) if position_BTX.ndim == 2 else _take(position_BTX, place_BC)
+
+
 def run_cached(
     decoder: nn.Module, candidates: Candidates, cache: Any, attention_mask_BT: Tensor, position_BT: Tensor
 ) -> Tensor:
@@ -199,7 +216,7 @@ def run_cached(
     output = decoder(
         inputs_embeds=embeds_BCD,
         attention_mask=additive(candidate_mask(candidates, attention_mask_BT), embeds_BCD.dtype),
-        position_ids=position_BT.gather(1, candidates.place_BC),
+        position_ids=for_decoder(_at(position_BT, candidates.place_BC)),
         past_key_values=cache,
         use_cache=True,
     )
@@ -213,28 +230,36 @@ def run_single_pass(
     attention_mask_BT: Tensor,
     position_BT: Tensor,
     layout: Layout,
+    deep: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """One forward over gold and candidates together.
+
+    Args:
+        position_BT: or position_BT3; candidates take the position of the gold token they replace.
+        deep: see `deepstack`; candidates are text and get nothing added.
 
     Returns:
         (hidden_BTD of the gold tokens, hidden_BCD of the candidates), in their own order whatever the layout.
     """
     length = gold_BTD.shape[1]
     embeds = torch.cat([gold_BTD, decoder.get_input_embeddings()(candidates.ids_BC)], dim=1)
-    positions = torch.cat([position_BT, position_BT.gather(1, candidates.place_BC)], dim=1)
+    positions = torch.cat([position_BT, _at(position_BT, candidates.place_BC)], dim=1)
+    added = [torch.cat([part, part.new_zeros(embeds[:, length:].shape)], dim=1) for part in deep]
     visible = torch.cat(
         [_gold_mask(attention_mask_BT, candidates.ids_BC.shape[1]), candidate_mask(candidates, attention_mask_BT)],
         dim=1,
     )
     order = _interleaved_order(candidates, length) if layout == "interleaved" else None
     if order is not None:
-        embeds, positions = _take(embeds, order), positions.gather(1, order)
+        embeds, positions = _take(embeds, order), _at(positions, order)
+        added = [_take(part, order) for part in added]
         visible = _take(visible, order).gather(2, order[:, None, :].expand(-1, visible.shape[1], -1))
     output = decoder(
         inputs_embeds=embeds,
         attention_mask=additive(visible, embeds.dtype),
-        position_ids=positions,
+        position_ids=for_decoder(positions),
         use_cache=False,
+        **deepstack(added),
     ).last_hidden_state
     if order is not None:
         output = _take(output, order.argsort(dim=1))

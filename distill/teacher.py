@@ -129,7 +129,14 @@ def candidate_hidden(
     """hidden_BCD of every candidate slot, in the layout the settings ask for."""
     decoder: Any = access.decoder(model)
     if align.layout == "cached":
-        return ribbon.run_cached(decoder, candidates, gold.cache, batch.attention_mask_BT, batch.position_BT)
+        return ribbon.run_cached(decoder, candidates, gold.cache, batch.attention_mask_BT, gold.inputs.position_BT)
+    taken = gold.inputs
     return ribbon.run_single_pass(
-        decoder, gold.embeds_BTD, candidates, batch.attention_mask_BT, batch.position_BT, align.layout
+        decoder,
+        taken.embeds_BTD,
+        candidates,
+        batch.attention_mask_BT,
+        taken.position_BT,
+        align.layout,
+        taken.deep,
     )[1]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import (
+    access,
     cache,
     checkpoint,
     evaluate,
@@ -302,7 +303,7 @@ def _iva_layer(run: Run) -> tuple[int, irs.LayerScores | None]:
         return run.cached.layer, None
     if "iva" not in config.terms or run.teacher is None or run.teacher_source is None:
         return 0, None
-    layers = len(run.teacher.model.language_model.layers)
+    layers = len(access.decoder(run.teacher).layers)
     if config.align.iva_layer >= layers:
         raise UserError(f"align.iva_layer {config.align.iva_layer}: the teacher has layers 0 to {layers - 1}")
     if config.align.iva_layer >= 0:
