@@ -30,6 +30,8 @@ Finish = Literal["stop", "length", "cancelled", "deadline"]
 Role = Literal["system", "user", "assistant"]
 # what a request may take from earlier ones: nothing, image embeddings, or also the keys and values of a shared beginning
 Reuse = Literal["none", "images", "all"]
+# stage borders at which the device is waited for, so that no stage's time is booked on the next one
+Sync = Literal["none", "vision", "all"]
 Logits: TypeAlias = npt.NDArray[np.float32]
 
 

@@ -102,13 +102,24 @@ def _profile(commands: argparse._SubParsersAction[Parser]) -> None:
 
     example = "profile artifacts/student-onnx artifacts/student-gguf --out profile.json"
     command = _add(commands, "profile", "Time artefacts side by side, a different image per request.", example, run)
-    command.add_argument("artifacts", metavar="ARTEFACT", nargs="+", help="artefact or checkpoint directories")
-    command.add_argument("--out", type=Path, metavar="F", help="also write the JSON here")
+    command.add_argument("artifacts", metavar="ARTEFACT", nargs="+", help="directories, or addresses of servers")
+    command.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="F",
+        help="also write .json, .jsonl (requests), .csv, .md or .html, by its ending; repeatable",
+    )
     command.add_argument("--requests", type=int, default=64, help="per artefact; p90 needs 64 (default: %(default)s)")
     command.add_argument("--output-tokens", type=int, default=32, help="length of every answer (default: %(default)s)")
     command.add_argument("--image", type=Path, metavar="F", help="noise goes over this photo (default: over digits)")
     command.add_argument("--question", default="Read the top row.", help="(default: %(default)s)")
     command.add_argument("--seed", type=natural, default=0, help="of the images (default: %(default)s)")
+    command.add_argument(
+        "--extra", type=natural, default=16, help="rounds of stages, follow-up, stop; 0 for none (default: %(default)s)"
+    )
+    command.add_argument("--slo", default="", metavar="LIMITS", help="goodput within e.g. ttft_ms=200,tpot_ms=50")
     _loading(command)
 
 
@@ -118,7 +129,7 @@ def _compare(commands: argparse._SubParsersAction[Parser]) -> None:
 
         return compare(arguments)
 
-    example = "compare before.json after.json --fail-if ttft_ms+5%"
+    example = "compare before.json after.json --fail-if ttft_ms.p50+5%"
     command = _add(commands, "compare", "Ratios between two profiles, with intervals.", example, run)
     command.add_argument("before", type=Path, metavar="A.json")
     command.add_argument("after", type=Path, metavar="B.json")
@@ -127,7 +138,7 @@ def _compare(commands: argparse._SubParsersAction[Parser]) -> None:
         action="append",
         default=[],
         metavar="METRIC+P%",
-        help="exit 1 if ttft_ms, tpot_ms or e2el_ms got slower by more than P percent beyond doubt; repeatable",
+        help="exit 1 if ttft_ms, tpot_ms or e2el_ms (.p50, .p90, .mean) got slower by more than P percent beyond doubt",
     )
 
 

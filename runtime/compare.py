@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from vlm.errors import GateFailed, UserError
 
 METRICS = ("ttft_ms", "tpot_ms", "e2el_ms")
 ROUNDS = 2000
+STATISTICS: dict[str, Callable[..., Any]] = {
+    "p50": np.median,
+    "p90": functools.partial(np.quantile, q=0.9),
+    "mean": np.mean,
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of one metric before and after; `ratio` = after / before with a 95 % bootstrap interval."""
+    """One statistic of one metric before and after; `ratio` = after / before with a 95 % bootstrap interval."""
 
     model: str
     metric: str
@@ -30,21 +36,24 @@ class Row:
     after: float
     ratio: float
     interval: tuple[float, float]
+    statistic: str = "p50"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """`ttft_ms+5%`: fail if this metric got slower by more than 5 % beyond doubt."""
+    """`ttft_ms.p50+5%`: fail if this statistic of the metric got slower by more than 5 % beyond doubt."""
 
     metric: str
     slower: float
+    statistic: str = "p50"
 
     @staticmethod
     def parse(text: str) -> Limit:
-        match = re.fullmatch(rf"({'|'.join(METRICS)})\+(\d+(?:\.\d+)?)%", text)
+        names, statistics = "|".join(METRICS), "|".join(STATISTICS)
+        match = re.fullmatch(rf"({names})(?:\.({statistics}))?\+(\d+(?:\.\d+)?)%", text)
         if not match:
-            raise UserError(f"--fail-if is {text!r}; write METRIC+PERCENT%, for example ttft_ms+5%")
-        return Limit(match[1], float(match[2]) / 100)
+            raise UserError(f"--fail-if is {text!r}; write METRIC+PERCENT%, for example ttft_ms.p50+5%")
+        return Limit(match[1], float(match[3]) / 100, match[2] or "p50")
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -57,13 +66,14 @@ def compare(arguments: argparse.Namespace) -> int:
     before, after = read_profile(arguments.before), read_profile(arguments.after)
     for difference in _different_conditions(before, after):
         note(f"warning: {difference}")
-    rows = pair_up(before["profiles"], after["profiles"])
+    wanted = sorted({limit.statistic for limit in limits} | {"p50"})
+    rows = [row for name in wanted for row in pair_up(before["profiles"], after["profiles"], name)]
     if not rows:
         raise UserError(f"no model of {arguments.before} has the backend and precision of one in {arguments.after}")
     cells = [
         [
             r.model,
-            r.metric,
+            f"{r.metric}.{r.statistic}",
             f"{r.before:.2f}",
             f"{r.after:.2f}",
             f"{r.ratio:.3f}",
@@ -71,13 +81,16 @@ def compare(arguments: argparse.Namespace) -> int:
         ]
         for r in rows
     ]
-    print(table(["model", "metric (p50)", "before", "after", "ratio", "95 % interval"], cells))
+    print(table(["model", "metric", "before", "after", "ratio", "95 % interval"], cells))
     if arguments.json:
         print_json({"rows": [asdict(row) for row in rows]})
-    # the whole interval must lie above the limit, so that noise alone does not fail a build
-    slower = [
-        row for row in rows for limit in limits if row.metric == limit.metric and row.interval[0] > 1 + limit.slower
-    ]
+    slower = []
+    for limit in limits:
+        bound = [row for row in rows if (row.metric, row.statistic) == (limit.metric, limit.statistic)]
+        if not bound:
+            raise UserError(f"--fail-if {limit.metric}: not measured in both files; leave it out")
+        # the whole interval must lie above the limit, so that noise alone does not fail a build
+        slower += [row for row in bound if row.interval[0] > 1 + limit.slower]
     if slower:
         worst = max(slower, key=lambda row: row.ratio)
         raise GateFailed(f"{worst.model}: {worst.metric} is {100 * (worst.ratio - 1):.1f} % slower, over the limit")
@@ -97,7 +110,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     return value
 
 
-def pair_up(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[Row]:
+def pair_up(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], statistic: str = "p50") -> list[Row]:
     """Rows for models with the same backend, precision and device; by name where that leaves a choice."""
     rows = []
     for old in before:
@@ -105,7 +118,7 @@ def pair_up(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -
         if len(same) > 1:
             same = [new for new in same if new["model"]["id"] == old["model"]["id"]]
         if len(same) == 1:
-            rows += _rows(old, same[0])
+            rows += _rows(old, same[0], statistic)
     return rows
 
 
@@ -114,21 +127,24 @@ def _kind(profile: dict[str, Any]) -> tuple[str, str, str]:
     return model["backend"], model["dtype"], model["device"]
 
 
-def _rows(old: dict[str, Any], new: dict[str, Any]) -> list[Row]:
+def _rows(old: dict[str, Any], new: dict[str, Any], statistic: str) -> list[Row]:
     rows = []
+    reduce = STATISTICS[statistic]
     for metric in METRICS:
-        a, b = (np.array([request[metric] for request in p["requests"]], np.float64) for p in (old, new))
-        ratio = float(np.median(b) / np.median(a))
+        a, b = ([r[metric] for r in p["requests"] if r[metric] is not None] for p in (old, new))
+        if not a or not b:
+            continue
         rng = np.random.default_rng(0)
-        medians = [np.median(v[rng.integers(0, v.size, (ROUNDS, v.size))], axis=1) for v in (a, b)]
-        low, high = np.quantile(medians[1] / medians[0], [0.025, 0.975])
+        drawn = [np.array(v, np.float64)[rng.integers(0, len(v), (ROUNDS, len(v)))] for v in (a, b)]
+        low, high = np.quantile(reduce(drawn[1], axis=1) / reduce(drawn[0], axis=1), [0.025, 0.975])
         name = f"{new['model']['id']} ({new['model']['backend']} {new['model']['dtype']})"
-        rows.append(Row(name, metric, float(np.median(a)), float(np.median(b)), ratio, (float(low), float(high))))
+        first, second = float(reduce(a)), float(reduce(b))
+        rows.append(Row(name, metric, first, second, second / first, (float(low), float(high)), statistic))
     return rows
 
 
 def _different_conditions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    found = []
+    found = [f"{name} says itself that it is not valid" for name, v in (("A", before), ("B", after)) if not v["valid"]]
     for name in ("cpu", "usable_cores"):
         a, b = before["environment"]["host"][name], after["environment"]["host"][name]
         if a != b:

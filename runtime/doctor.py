@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from runtime.environment import environment, package_version
+from runtime.meters import RAPL_FILES, find_meter, open_nvml, unreadable_rapl
 from runtime.source import need_package
 from vlm.console import print_json, table
 from vlm.errors import MissingPiece
@@ -27,11 +29,31 @@ def doctor(arguments: argparse.Namespace) -> int:
     machine, findings = environment(), examine()
     host = machine["host"]
     print(f"{host['cpu']}, {host['usable_cores']} of {host['cores']} cores, {host['ram_gb']} GB, {host['os']}")
-    print(f"Python {machine['python']}\n")
+    print(f"Python {machine['python']}")
+    for line in describe_board(machine["jetson"]):
+        print(line)
+    print()
     print(table(["runs", "status", "detail", "to mend"], [[f.name, f.status, f.detail, f.mend] for f in findings]))
     if arguments.json:
         print_json({"environment": machine, "findings": [asdict(finding) for finding in findings]})
     return 0
+
+
+def describe_board(board: dict[str, Any] | None) -> list[str]:
+    """What a Jetson says about itself, and what would make its figures steadier."""
+    if board is None:
+        return []
+    known = {
+        "model": board["model"],
+        "L4T": board["l4t"],
+        "JetPack": board["jetpack"],
+        "power mode": board["nvpmodel"],
+        "GPU MHz": None if board["gpu_mhz"] is None else f"{board['gpu_mhz']:.0f} of {board['gpu_max_mhz'] or 0:.0f}",
+    }
+    lines = [", ".join(f"{name} {value}" for name, value in known.items() if value is not None)]
+    if board["jetson_clocks"] is False:
+        lines.append("clocks are not locked: figures will vary; run `sudo jetson_clocks` before profiling")
+    return lines
 
 
 def examine() -> list[Finding]:
@@ -42,7 +64,9 @@ def examine() -> list[Finding]:
         ("gguf", _gguf),
         ("torch", _torch),
         ("tensorrt", _tensorrt),
+        ("serve", _serve),
         ("eval and profile on digits", _digits),
+        ("energy meter", _energy),
     ]
     findings = []
     for name, check in checks:
@@ -50,7 +74,7 @@ def examine() -> list[Finding]:
             findings.append(Finding(name, "ok", check(), ""))
         except MissingPiece as missing:
             problem, _, command = missing.message.partition("; run ")
-            findings.append(Finding(name, "missing", problem, command.strip("`")))
+            findings.append(Finding(name, "missing", problem, command.strip("`") or "nothing to install"))
     return findings
 
 
@@ -88,6 +112,21 @@ def _torch() -> str:
 def _tensorrt() -> str:
     need_package("tensorrt", "tensorrt")
     return f"tensorrt {package_version('tensorrt')} (this version builds engines, it does not run them)"
+
+
+def _serve() -> str:
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        need_package(package, "serve")
+    return f"starlette {package_version('starlette')}, uvicorn {package_version('uvicorn')}"
+
+
+def _energy() -> str:
+    meter = find_meter(nvml=open_nvml(), gpu=True)
+    if meter is not None:
+        return meter.source
+    if unreadable_rapl():
+        raise MissingPiece("the processor's energy counter is for root only; run `sudo chmod a+r " + RAPL_FILES + "`")
+    raise MissingPiece("none found: no INA3221 or INA238, no RAPL, no NVML (profiles then leave energy out)")
 
 
 def _digits() -> str:

@@ -27,6 +27,7 @@ from runtime.api import (
     Reuse,
     Sampling,
     StreamBackend,
+    Sync,
     Token,
 )
 from runtime.cache import CacheStats, Context, ImageCache
@@ -67,14 +68,13 @@ class Engine:
         queue_size: int = 8,
         image_cache_bytes: int = 256 << 20,
         prefill_chunk: int = 512,
-        sync: bool = False,
     ) -> None:
         self.clock: Clock = clock or SystemClock()
         self._backend = backend
         self._jobs: queue.Queue[Job | None] = queue.Queue(queue_size)
         self._closing = threading.Event()
         images = ImageCache(image_cache_bytes, backend.info.preprocess_sha256)
-        self._shared = Shared(self.clock, images, Context(), self._closing, prefill_chunk, sync)
+        self._shared = Shared(self.clock, images, Context(), self._closing, prefill_chunk)
         self._running = False
         self._requests = 0
         self._lock = threading.Lock()
@@ -106,11 +106,13 @@ class Engine:
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
         reuse: Reuse = "all",
+        sync: Sync = "vision",
     ) -> None:
         """Queue a request; `listener` gets its events on the worker thread, the last is Done or Failed.
 
         Args:
             reuse: what this request may take from the caches and leave in them; "none" computes everything.
+            sync: where to wait for the device; "all" makes every stage exact and the whole a little slower.
 
         Raises:
             QueueFull: too many requests wait. EngineClosed: after `close`.
@@ -125,6 +127,7 @@ class Engine:
             received_ns,
             deadline_ns,
             reuse,
+            sync,
         )
         with self._lock:  # so that no job slips in behind the end mark of `close`
             if self._closing.is_set():
@@ -142,6 +145,7 @@ class Engine:
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
         reuse: Reuse = "all",
+        sync: Sync = "vision",
     ) -> EventStream:
         """Queue a request now and return its events; the last is Done.
 
@@ -156,7 +160,9 @@ class Engine:
         """
         events: queue.SimpleQueue[Event | Failed] = queue.SimpleQueue()
         cancel = cancel or threading.Event()
-        self.submit(messages, sampling, listener=events.put, cancel=cancel, deadline_s=deadline_s, reuse=reuse)
+        self.submit(
+            messages, sampling, listener=events.put, cancel=cancel, deadline_s=deadline_s, reuse=reuse, sync=sync
+        )
         return EventStream(events, cancel)
 
     def complete(
@@ -167,6 +173,7 @@ class Engine:
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
         reuse: Reuse = "all",
+        sync: Sync = "vision",
     ) -> list[Event]:
         """Run a request to its end and return all its events: for scores and speed runs.
 
@@ -184,7 +191,7 @@ class Engine:
             if isinstance(event, Done | Failed):
                 ended.set()
 
-        self.submit(messages, sampling, listener=listen, cancel=cancel, deadline_s=deadline_s, reuse=reuse)
+        self.submit(messages, sampling, listener=listen, cancel=cancel, deadline_s=deadline_s, reuse=reuse, sync=sync)
         ended.wait()
         if isinstance(events[-1], Failed):
             raise events[-1].error

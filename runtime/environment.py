@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtime.jetson import jetson
+
 PACKAGES = (
     "align-edge",
     "numpy",
@@ -40,10 +42,23 @@ def environment() -> dict[str, Any]:
             "ram_gb": ram_gb(),
             "os": platform.platform(),
             "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            "gpu": gpu_name(),
         },
+        "jetson": jetson(),
         "python": sys.version.split()[0],
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},
     }
+
+
+def gpu_name() -> str | None:
+    """First NVIDIA GPU by the driver's own name; None without driver or library."""
+    from runtime.meters import open_nvml
+
+    nvml = open_nvml()
+    try:
+        return None if nvml is None else str(nvml[0].nvmlDeviceGetName(nvml[1]))
+    except Exception:  # NVML's exceptions differ per version
+        return None
 
 
 def cpu_name() -> str:

@@ -54,7 +54,6 @@ def engine_of(backend: Backend | StreamBackend, options: LoadOptions) -> Engine:
         queue_size=options.queue_size,
         image_cache_bytes=options.image_cache_mb << 20,
         prefill_chunk=options.prefill_chunk,
-        sync=options.sync,
     )
 
 

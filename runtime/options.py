@@ -22,7 +22,6 @@ class LoadOptions:
         queue_size: requests that may wait while one runs.
         image_cache_mb: room for image embeddings kept for later requests; 0 keeps none.
         prefill_chunk: prompt tokens computed between two looks at the cancel flag.
-        sync: wait for the device at every stage border (profiling of stages; costs a little).
     """
 
     threads: int = 1
@@ -31,7 +30,6 @@ class LoadOptions:
     queue_size: int = 8
     image_cache_mb: int = 256
     prefill_chunk: int = 512
-    sync: bool = False
 
     def __post_init__(self) -> None:
         for name in ("threads", "context", "queue_size", "prefill_chunk"):

@@ -31,6 +31,7 @@ from runtime.api import (
     Span,
     Stage,
     StreamBackend,
+    Sync,
     Token,
     Usage,
 )
@@ -55,6 +56,7 @@ class Job:
     received_ns: int
     deadline_ns: int | None
     reuse: Reuse
+    sync: Sync
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,6 @@ class Shared:
 
     Attributes:
         prefill_chunk: prompt tokens between two looks at the cancel flag.
-        sync: wait for the device at every stage border, so that no stage's time is booked on the next one.
     """
 
     clock: Clock
@@ -71,7 +72,6 @@ class Shared:
     context: Context
     closing: threading.Event
     prefill_chunk: int
-    sync: bool
 
 
 class _Stopped(Exception):
@@ -217,7 +217,8 @@ class StepRun(_Timed):
                     embeds[at] = embeds_TD
                 if self.job.reuse != "none":
                     images.put(prompt.images[places[0]].digest, embeds_TD)
-        self.backend.sync()
+        if self.job.sync != "none":
+            self.backend.sync()
         self.usage = replace(self.usage, cached_images=len(prompt.images) - computed)
         self._lap("vision_encode", tokens=tokens * computed, announce=True, cached=not computed)
         return embeds
@@ -236,14 +237,14 @@ class StepRun(_Timed):
             context.add(keys[:stop])
         if logits_V is None:
             raise RuntimeError("the prompt is empty")
-        if self.shared.sync:
+        if self.job.sync == "all":
             self.backend.sync()
         return logits_V
 
     def _decode(self, logits_V: Logits, prompt: Prompt, sample: Sampler, limit: int, kept: int) -> Finish:
         sampling, end_ids = self.job.sampling, self.backend.info.eos_token_ids
         pieces, stops = Detokenizer(self.backend.detokenize), StopStrings(sampling.stop)
-        context, step, sync = self.shared.context, self.backend.step, self.shared.sync
+        context, step, sync = self.shared.context, self.backend.step, self.job.sync == "all"
         for count in range(1, limit + 1):
             token_id = sample(logits_V)
             if count == 1:

@@ -1,11 +1,7 @@
-"""The process that runs one model for the profiler: requests come in on stdin, timings go out, one JSON per line.
-
-A process of its own per model, so that one model's peak memory is not another's.
-"""
+"""The process that runs one model for the profiler: requests come in on stdin, timings go out, one JSON per line."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -13,12 +9,8 @@ import sys
 import time
 from typing import IO, Any
 
-from runtime.api import EncodedImage, Sampling
-from runtime.engine import Engine
-from runtime.environment import peak_rss
-from runtime.images import question
-from runtime.latency import timing
 from runtime.loading import load
+from runtime.runner import EngineRunner
 from vlm.errors import ToolError
 
 
@@ -34,23 +26,12 @@ def main() -> int:
     except ToolError as error:
         _send(out, {"error": error.message, "exit_code": error.exit_code})
         return error.exit_code
-    info = {name: getattr(engine.info, name) for name in engine.info.__dataclass_fields__}
-    _send(out, {"info": info, "load_s": time.perf_counter() - started})
     with engine:
+        runner = EngineRunner(engine, time.perf_counter() - started)
+        _send(out, {"info": runner.info, "load_s": runner.load_s})
         for line in sys.stdin:
-            _send(out, _answer(engine, json.loads(line)))
+            _send(out, runner.ask(json.loads(line)))
     return 0
-
-
-def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    image = EncodedImage(base64.b64decode(request["image"]))
-    sampling = Sampling(max_new_tokens=request["output_tokens"], ignore_eos=True)
-    try:
-        events = engine.complete([question(request["question"], image)], sampling, reuse="none")
-    except ToolError as error:
-        return {"error": error.message, "exit_code": error.exit_code}
-    peak, method = peak_rss()
-    return {"timing": timing(events).to_json(), "peak_rss": peak, "memory_method": method}
 
 
 def _send(out: IO[str], value: dict[str, Any]) -> None:

@@ -275,7 +275,7 @@ def test_warm_up_takes_the_image_path_and_leaves_the_caches_alone() -> None:
 
 def test_stage_sync_waits_at_every_border() -> None:
     backend = FakeBackend(FakeScript(reply="ab"))
-    with Engine(backend, sync=True) as engine:
-        got = done(engine, question("hi", picture()))
+    with Engine(backend) as engine:
+        got = done(engine, question("hi", picture()), sync="all")
     assert backend.calls == ["prepare", "encode", "sync", "prefill", "sync", "step", "sync", "step", "sync"]
     assert isinstance(got.spans[0], Span)

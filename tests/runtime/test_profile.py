@@ -12,8 +12,11 @@ from runtime.api import STAGES
 from runtime.compare import Limit, read_profile
 from runtime.latency import Timing
 from runtime.options import LoadOptions
-from runtime.profiler import Child, Measured, ProfileOptions, Session, measure
-from runtime.report import report, tables
+from runtime.profile_command import parse_slo
+from runtime.profiler import Measured, ProfileOptions, Profiler, Session
+from runtime.report import report
+from runtime.runner import ProcessRunner, turn
+from runtime.tables import csv_text, jsonl, markdown, tables
 from runtime.workload import Workload, make_workload
 from vlm.errors import MissingPiece, UserError
 
@@ -24,7 +27,8 @@ WORK = Workload("digits", 0)
 
 @pytest.fixture(scope="module")
 def two_fakes() -> list[Measured]:
-    return measure(["first", "second"], ProfileOptions(backend="fake", requests=4, output_tokens=5), WORK).results
+    options = ProfileOptions(backend="fake", requests=4, output_tokens=5, extra=2)
+    return Profiler(options, WORK).run(["first", "second"]).results
 
 
 def test_requests_take_turns(two_fakes: list[Measured]) -> None:
@@ -35,8 +39,8 @@ def test_requests_take_turns(two_fakes: list[Measured]) -> None:
 
 def test_no_image_comes_twice_to_one_model(two_fakes: list[Measured]) -> None:
     for result in two_fakes:
-        assert len(set(result.digests)) == len(result.digests) == result.warm_runs + 4
-    assert two_fakes[0].digests[-4:] == two_fakes[1].digests[-4:], "both models must see the same images"
+        assert len(set(result.digests)) == len(result.digests) == result.warm_runs + 4 + 4 * 2
+    assert two_fakes[0].digests[-12:] == two_fakes[1].digests[-12:], "both models must see the same images"
 
 
 def test_warm_up_is_bounded_and_kept_apart(two_fakes: list[Measured]) -> None:
@@ -55,7 +59,13 @@ def test_profile_json_of_a_scripted_backend(two_fakes: list[Measured]) -> None:
     assert first["model"]["backend"] == "fake"
     assert first["model"]["artifact_bytes"] is None
     assert (first["energy"], first["roofline"], first["memory_mb"]["peak_device"]) == (None, None, None)
-    assert first["counts"] == {"requests": 4, "failed": 0, "cancelled": 0, "cached_tokens": 0}
+    counts = first["counts"]
+    assert (counts["requests"], counts["failed"], counts["cached_tokens"]) == (4, 0, 0)
+    assert counts["cancelled"] + counts["not_cancelled"] == 2
+    assert first["follow_up"]["n"] == 2
+    tokens = first["follow_up"]["prompt_tokens"]
+    assert tokens["image"] == tokens["text"]
+    assert first["synchronised"]["n"] == 2
     assert first["metrics"]["ttft_ms"]["n"] == 4
     assert first["metrics"]["ttft_ms"]["p90"] is None
     assert first["metrics"]["itl_ms"]["n"] == 4 * 4
@@ -70,7 +80,7 @@ def test_profile_json_of_a_scripted_backend(two_fakes: list[Measured]) -> None:
 def test_real_models_side_by_side(command: Command, onnx_artifact: Path, gguf_artifact: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.json"
     arguments = ["profile", onnx_artifact, gguf_artifact, "--requests", "3", "--output-tokens", "6", "--json"]
-    result = command(["runtime", *arguments, "--out", out])
+    result = command(["runtime", *arguments, "--extra", "1", "--out", out, "--out", tmp_path / "p.html"])
     assert result.returncode == 0, result.stderr
     value = json.loads(out.read_text())
     assert value == json.loads(result.stdout.splitlines()[-1])
@@ -79,9 +89,14 @@ def test_real_models_side_by_side(command: Command, onnx_artifact: Path, gguf_ar
     for profile in value["profiles"]:
         assert profile["scenario"]["image_tokens"] == 16
         assert profile["counts"]["cached_tokens"] == 0
+        assert profile["follow_up"]["cached_images"] == 1
+        assert profile["roofline"]["mbu_measured"] > 0
         assert profile["warmup"]["cold_load_s"] > 0
         means = [stage["mean"] for stage in profile["stages_ms"].values() if stage]
         assert sum(means) == pytest.approx(profile["metrics"]["e2el_ms"]["mean"], rel=0.01)
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<svg") == 4
+    assert "http" not in page.replace("http://www.w3.org", "")
     ids = {p["model"]["weights_sha256"] for p in value["profiles"]}
     assert len(ids) == 1, "both were made of one student"
 
@@ -124,40 +139,38 @@ def test_unsettled_warm_up_is_a_warning() -> None:
 
 
 def test_a_dead_model_process_is_reported() -> None:
-    child = Child("fake", ProfileOptions(backend="fake"))
+    runner = ProcessRunner("fake", "fake", LoadOptions())
     try:
-        child.receive()
-        child._process.kill()
-        child._process.wait()
-        child.send({"image": "", "question": "", "output_tokens": 2})
+        runner._process.kill()
+        runner._process.wait()
         with pytest.raises(MissingPiece, match="ended with status -9"):
-            child.receive()
+            runner.ask({"turns": [turn("user", "x")], "output_tokens": 2, "reuse": "none", "sync": "none"})
     finally:
-        child.close()
+        runner.close()
 
 
 def test_faults_of_the_artefact_reach_the_caller(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a directory"):
-        measure([str(tmp_path / "nothing")], ProfileOptions(requests=1), WORK)
+        Profiler(ProfileOptions(requests=1), WORK).run([str(tmp_path / "nothing")])
 
 
 def test_formats_this_machine_lacks_are_left_out_by_name(damaged: Path, gguf_artifact: Path) -> None:
     manifest = damaged / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": "tensorrt"}))
-    options = ProfileOptions(requests=1, output_tokens=2)
-    session = measure([str(damaged), str(gguf_artifact)], options, WORK)
+    options = ProfileOptions(requests=1, output_tokens=2, extra=0)
+    session = Profiler(options, WORK).run([str(damaged), str(gguf_artifact)])
     assert [result.artifact for result in session.results] == [str(gguf_artifact)]
     value = report(session, options, WORK)
     assert "tensorrt" in value["skipped"][str(damaged)]
     assert any("was left out" in warning for warning in value["warnings"])
     with pytest.raises(MissingPiece, match="tensorrt"):
-        measure([str(damaged)], options, WORK)
+        Profiler(options, WORK).run([str(damaged)])
 
 
 def test_answers_shorter_than_asked_are_refused() -> None:
     options = ProfileOptions(backend="fake", requests=1, output_tokens=5000, load=LoadOptions(context=64))
     with pytest.raises(UserError, match="of 5000 output tokens"):
-        measure(["fake"], options, WORK)
+        Profiler(options, WORK).run(["fake"])
 
 
 def test_workload_repeats_by_seed_and_differs_by_index(tmp_path: Path) -> None:
@@ -171,10 +184,10 @@ def test_workload_repeats_by_seed_and_differs_by_index(tmp_path: Path) -> None:
     assert work.png(0) != work.png(1)
 
 
-@pytest.mark.parametrize("options", [{"requests": 0}, {"output_tokens": 1}])
-def test_scenarios_without_a_result_are_refused(options: dict[str, int]) -> None:
+@pytest.mark.parametrize("options", [{"requests": 0}, {"output_tokens": 1}, {"extra": -1}, {"slo": (("speed", 1),)}])
+def test_scenarios_without_a_result_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        ProfileOptions(**options)  # type: ignore[arg-type]
+        ProfileOptions(**options)
 
 
 def profile_file(path: Path, ttft: list[float]) -> Path:
@@ -197,13 +210,14 @@ def test_compare_gives_ratios_and_gates_beyond_noise(command: Command, tmp_path:
     assert [row["metric"] for row in rows] == ["ttft_ms", "tpot_ms", "e2el_ms"]
     assert rows[0]["ratio"] == pytest.approx(1.2)
     assert rows[0]["interval"][0] > 1.1
-    failed = command(["runtime", "compare", before, slower, "--fail-if", "ttft_ms+5%"])
+    failed = command(["runtime", "compare", before, slower, "--fail-if", "ttft_ms.p90+5%"])
     assert failed.returncode == 1
+    failed = command(["runtime", "compare", before, slower, "--fail-if", "ttft_ms+5%"])
     assert "ttft_ms is 20.0 % slower" in failed.stderr
     assert command(["runtime", "compare", before, noisy, "--fail-if", "ttft_ms+5%"]).returncode == 0
 
 
-@pytest.mark.parametrize("text", ["ttft_ms", "ttft_ms+5", "speed+5%"])
+@pytest.mark.parametrize("text", ["ttft_ms", "ttft_ms+5", "speed+5%", "ttft_ms.p75+5%"])
 def test_compare_limits_are_checked(text: str) -> None:
     with pytest.raises(UserError, match="METRIC"):
         Limit.parse(text)
@@ -214,3 +228,29 @@ def test_compare_refuses_other_files(tmp_path: Path) -> None:
     for name in ("x.json", "nowhere.json"):
         with pytest.raises(UserError, match="profile --out"):
             read_profile(tmp_path / name)
+
+
+def test_requests_come_out_as_rows(two_fakes: list[Measured]) -> None:
+    options = ProfileOptions(backend="fake", requests=4, output_tokens=5)
+    value = report(Session(two_fakes), options, WORK)
+    lines = [json.loads(line) for line in jsonl(value).splitlines()]
+    assert len(lines) == 8
+    assert lines[0]["artifact"] == "first"
+    assert lines[0]["image_decode_ms"] > 0
+    head, *rows = csv_text(value).splitlines()
+    assert head.startswith("artifact,model,backend,dtype,request,started_s,ttft_ms")
+    assert len(rows) == 8
+    assert "| artefact |" in markdown(value)
+
+
+def test_limits_on_latency_are_read_by_name() -> None:
+    assert parse_slo("ttft_ms=200, tpot_ms=5.5") == (("ttft_ms", 200.0), ("tpot_ms", 5.5))
+    for text in ("ttft_ms", "ttft_ms=x", "ttft_ms=1;tpot_ms=2"):
+        with pytest.raises(UserError, match="write ttft_ms=200"):
+            parse_slo(text)
+
+
+def test_out_needs_a_known_ending(command: Command, tmp_path: Path) -> None:
+    result = command(["runtime", "profile", "x", "--backend", "fake", "--out", tmp_path / "p.pdf"])
+    assert result.returncode == 2
+    assert "known: .json, .jsonl, .csv, .md, .html" in result.stderr
