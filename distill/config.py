@@ -76,7 +76,7 @@ class Align:
     packing: bool = False
     tpa_share: float = 0.5
     tpa_entropy: float = 0.0
-    iva_rows: int = 32
+    iva_rows: int = 16
     iva_layer: int = -1
     irs_pairs: int = 200
 
