@@ -72,7 +72,7 @@ def usage() -> str:
 
 def _with_default_preset(argv: Sequence[str], rest: list[str]) -> list[str]:
     """Without a command word, `python -m distill [options]` is the digits preset unless the options say otherwise."""
-    chosen = ("--preset", "--config", "--recipe", "--student", "--data", "--resume")
+    chosen = ("--preset", "--config", "--recipe", "--student", "--llm", "--data", "--resume")
     named = bool(argv) and not argv[0].startswith("-")
     if named or any(word.split("=", 1)[0] in chosen for word in rest):
         return rest
