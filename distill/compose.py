@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import templates
+from distill import access, templates
 from distill.assemble import IMAGE, save_checkpoint
 from vlm.console import note
 from vlm.errors import CheckpointError
@@ -71,16 +71,13 @@ def assemble(parts: Parts, out: Path, teacher: Checkpoint | None = None) -> Path
     return _once(out, recipe, lambda: _assemble(parts, out, teacher, recipe))
 
 
-def shorten(source: Checkpoint, layers: int, out: Path) -> Path:
+def shorten(source: Checkpoint, layers: int, out: Path, processor: Any) -> Path:
     """Write `source` with only `layers` of its decoder layers, unless the same stands there already; see `kept`."""
     recipe = {"shortened": str(source.directory), "layers": layers}
 
     def write() -> None:
-        from transformers import AutoProcessor
-
         model = load_model(source, dtype=str(source.config.get("dtype") or "float32"))
-        keep_layers(model.model.language_model, layers)
-        processor = AutoProcessor.from_pretrained(source.directory, local_files_only=True)
+        keep_layers(access.decoder(model), layers)
         with atomic_dir(out) as work:
             save_checkpoint(model, processor, work, {"objective": "shortened", **recipe})
 

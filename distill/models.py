@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from distill import compose, groups, lora, presets
 from distill.assemble import build_model
 from distill.config import TrainConfig
+from distill.families import FAMILIES
 from vlm.errors import CheckpointError, UserError
 from vlm.load import Checkpoint, load_model, open_checkpoint
 
 INITIAL = "initial"
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def local(name: str) -> Path:
@@ -36,6 +52,32 @@ def local(name: str) -> Path:
         ) from None
 
 
+def open_model(name: str | Path) -> Checkpoint:
+    """A teacher or student of any class that can be distilled, as a directory or hub id."""
+    return open_checkpoint(local(str(name)), tuple(FAMILIES))
+
+
+class CopiedProcessor:
+    """The processor files of a checkpoint as they are: some processors cannot be opened without video libraries."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def save_pretrained(self, directory: Path) -> None:
+        for name in PROCESSOR_FILES:
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, directory / name)
+
+
+def processor_of(source: Checkpoint) -> Any:
+    """What `save_checkpoint` writes beside the weights of a student that started from `source`."""
+    if source.config.get("model_type") != "llava":
+        return CopiedProcessor(source.directory)
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(source.directory, local_files_only=True)
+
+
 def open_student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Module, Checkpoint]:
     """The student's model in training mode, float32, and the checkpoint its processor comes from.
 
@@ -50,7 +92,7 @@ def open_student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Mo
         )
         return _open(compose.assemble(parts, config.out / INITIAL, teacher))
     if config.student:
-        source = open_checkpoint(local(config.student))
+        source = open_model(config.student)
     elif config.student_layers and teacher is not None:
         source = teacher
     elif config.preset == "digits" and teacher is not None:
@@ -58,7 +100,7 @@ def open_student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Mo
     else:
         raise UserError("no student to train; pass --student DIR, --vision_tower DIR --llm DIR, or --preset digits")
     if config.student_layers:
-        return _open(compose.shorten(source, config.student_layers, config.out / INITIAL))
+        return _open(compose.shorten(source, config.student_layers, config.out / INITIAL, processor_of(source)))
     return _open(source.directory)
 
 
@@ -74,7 +116,7 @@ def prepare(config: TrainConfig, student: nn.Module) -> None:
 
 
 def _open(directory: Path) -> tuple[nn.Module, Checkpoint]:
-    source = open_checkpoint(directory)
+    source = open_model(directory)
     return load_model(source).train(), source
 
 

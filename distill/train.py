@@ -246,7 +246,7 @@ def load_run(config: TrainConfig) -> Run:
     """
     teacher_source = None
     if config.teacher:
-        teacher_source = open_checkpoint(models.local(config.teacher))
+        teacher_source = models.open_model(config.teacher)
     elif config.preset == "digits" and (config.needs_teacher or not (config.student or config.llm)):
         teacher_source = open_checkpoint(presets.digits_teacher())
     from_cache = config.needs_teacher and config.teacher_cache is not None
@@ -347,15 +347,13 @@ def _finish(run: Run, trainer: DistillTrainer, collate: Collator) -> TrainResult
 
 
 def _write_student(run: Run, result: TrainResult, weights: dict[str, Tensor] | None, dtype: torch.dtype) -> None:
-    from transformers import AutoProcessor
-
     model: Any = run.student
     if weights is not None:  # sharded: put together again
         model = type(run.student)(run.student.config)
         model.load_state_dict(weights)
     out = run.config.out
     with atomic_dir(result.student) as work:
-        processor = AutoProcessor.from_pretrained(run.student_source.directory)
+        processor = models.processor_of(run.student_source)
         save_checkpoint(model.to("cpu", dtype), processor, work, _provenance(run, result))
     title = f"{result.objective} on {run.data.description['name']}, seed {result.seed}"
     report.loss_curve(report.read_metrics(out / METRICS), title, out / "loss.png")

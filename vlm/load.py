@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 PROVENANCE = "vlm.json"
 RUNS = Path("runs")
+UNSUPPORTED = {
+    "llava_next": "it cuts every image into tiles by its shape, so images have no common number of visual tokens",
+    "llava_next_video": "it is made for videos",
+    "paligemma": "its prompt is not causal",
+    "gemma3": "its image tokens are not causal",
+    "mllama": "its images enter by cross-attention, not as tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,8 @@ class Checkpoint:
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Check that `directory` holds a LLaVA-type checkpoint and read everything but the weights.
+def open_checkpoint(directory: Path, kinds: tuple[str, ...] = ("llava",)) -> Checkpoint:
+    """Check that `directory` holds a checkpoint of one of the model types and read everything but the weights.
 
     Raises:
         CheckpointError: says which file is missing or which model type was found.
@@ -49,18 +57,39 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} has no config.json; point at a directory saved with save_pretrained")
     config = read_json(directory / "config.json")
-    if config.get("model_type") != "llava":
-        raise CheckpointError(
-            f"{directory} is a {config.get('model_type')!r} model; this command takes LLaVA checkpoints"
-        )
+    kind = config.get("model_type")
+    if kind not in kinds:
+        known = "LLaVA checkpoints" if kinds == ("llava",) else f"checkpoints of type {', '.join(kinds)}"
+        why = f" ({UNSUPPORTED[kind]})" if kind in UNSUPPORTED else ""
+        raise CheckpointError(f"{directory} is a {kind!r} model{why}; this command takes {known}")
+    if "text_config" not in config:  # the flat form of earlier Qwen2-VL files
+        config["text_config"] = {name: value for name, value in config.items() if name != "vision_config"}
     weights = tuple(sorted(directory.glob("*.safetensors")))
     if not weights:
         raise CheckpointError(f"{directory} has no weights (*.safetensors); train again or copy the whole directory")
     image = preprocess.spec_from_checkpoint(directory)
     provenance_file = directory / PROVENANCE
     provenance = read_json(provenance_file) if provenance_file.is_file() else {}
-    tokenizer = chat.tokenizer_from_checkpoint(directory, image.tokens)
+    spec = chat.spec_from_checkpoint(directory)
+    if kind in ("smolvlm", "idefics3"):
+        spec = dataclasses.replace(spec, template=_smolvlm_template(spec))
+    tokenizer = chat.ChatTokenizer(directory / "tokenizer.json", spec, image.tokens)
     return Checkpoint(directory, config, image, tokenizer, weights, provenance)
+
+
+def _smolvlm_template(spec: chat.ChatSpec) -> str:
+    """The template with what its processor puts around an image that is not split, and with texts given as parts.
+
+    The published template prints nothing for a message whose content is a plain string.
+    """
+    parts = (
+        "{% set flat = namespace(messages=[]) %}{% for message in messages %}"
+        "{% set flat.messages = flat.messages + [{'role': message['role'], 'content': message['content'] "
+        "if message['content'] is not string else [{'type': 'text', 'text': message['content']}]}] %}"
+        "{% endfor %}{% set messages = flat.messages %}"
+    )
+    around = "<fake_token_around_image>"
+    return parts + spec.template.replace(spec.image_token, f"{around}<global-img>{spec.image_token}{around}")
 
 
 def load_model(
@@ -73,10 +102,11 @@ def load_model(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+    llava = checkpoint.config.get("model_type") == "llava"
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(
+        model, info = (LlavaForConditionalGeneration if llava else AutoModelForImageTextToText).from_pretrained(
             checkpoint.directory,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,

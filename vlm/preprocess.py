@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,14 @@ def spec_from_checkpoint(directory: Path) -> ImageSpec:
 
 def _spec(directory: Path, config: dict[str, Any], processor: dict[str, Any]) -> ImageSpec:
     image = processor.get("image_processor", processor)
-    size = image.get("size", {})
+    size = image.get("size") or {}
     resize: Resize
-    if "height" in size and size["height"] == size.get("width"):
+    kind = config.get("model_type")
+    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        side, resize = _pinned_area(directory, image), "stretch"
+    elif kind in ("smolvlm", "idefics3"):
+        side, resize = _one_tile(directory, image), "stretch"
+    elif "height" in size and size["height"] == size.get("width"):
         side, resize = int(size["height"]), "stretch"
     elif "shortest_edge" in size and image.get("do_center_crop"):
         crop = image.get("crop_size", {})
@@ -93,13 +99,59 @@ def _spec(directory: Path, config: dict[str, Any], processor: dict[str, Any]) ->
         raise CheckpointError(f"image size {size} in {directory} is not a fixed square; use a fixed-resolution tower")
     if abs(float(image.get("rescale_factor", 1 / 255)) - 1 / 255) > 1e-9 or not image.get("do_normalize", True):
         raise CheckpointError(f"{directory} rescales or normalises in a way this project does not reproduce")
-    vision = config["vision_config"]
-    tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
-    if vision["model_type"] == "clip_vision_model" and config.get("vision_feature_select_strategy") == "full":
-        tokens += 1
+    tokens = _tokens(directory, config, side)
     return ImageSpec(
         side, resize, int(image.get("resample", 3)), _triple(image["image_mean"]), _triple(image["image_std"]), tokens
     )
+
+
+def _tokens(directory: Path, config: dict[str, Any], side: int) -> int:
+    """Visual tokens an image takes in the prompt."""
+    kind, vision = config.get("model_type"), config["vision_config"]
+    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        patch = int(vision.get("patch_size", 16 if kind == "qwen3_vl" else 14)) * int(
+            vision.get("spatial_merge_size", 2)
+        )
+        if side % patch:
+            raise CheckpointError(f"{directory}: image side {side} is no multiple of {patch} pixels (merged patches)")
+        return int((side // patch) ** 2)
+    tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
+    if kind in ("smolvlm", "idefics3"):
+        if int(vision["image_size"]) != side:
+            raise CheckpointError(
+                f"{directory}: the tower takes {vision['image_size']} pixels, the processor makes {side}"
+            )
+        return int(tokens // int(config["scale_factor"]) ** 2)
+    if kind == "llava_onevision":
+        return tokens + 1  # the base tile and its newline
+    if vision["model_type"] == "clip_vision_model" and config.get("vision_feature_select_strategy") == "full":
+        tokens += 1
+    return tokens
+
+
+def _pinned_area(directory: Path, image: dict[str, Any]) -> int:
+    """Side of the square that Qwen-VL's processor is held to: least and most pixels are the same square number."""
+    size = image.get("size") or {}
+    least = image.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+    most = image.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+    side = math.isqrt(int(least or 0))
+    if least is None or least != most or side * side != int(least):
+        raise CheckpointError(
+            f"{directory}: images of {least} to {most} pixels; distillation needs one square size, so set size to "
+            '{"shortest_edge": 200704, "longest_edge": 200704} (448 x 448) in its preprocessor_config.json'
+        )
+    return side
+
+
+def _one_tile(directory: Path, image: dict[str, Any]) -> int:
+    """Side of the only tile of an Idefics3-type processor that does not split."""
+    edge, tile = (image.get(name, {}).get("longest_edge") for name in ("size", "max_image_size"))
+    if image.get("do_image_splitting", True) or edge is None or edge != tile:
+        raise CheckpointError(
+            f"{directory}: images are split into tiles; distillation needs one tile, so set do_image_splitting to false "
+            f"and size.longest_edge to max_image_size.longest_edge ({tile}) in its preprocessor_config.json"
+        )
+    return int(edge)
 
 
 def _processor_config(directory: Path) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def test_which_layers_are_kept() -> None:
 
 def test_a_shortened_student_is_the_chosen_layers(tmp_path: Path) -> None:
     source = open_checkpoint(make_student(tmp_path / "long", layers=5, decoder="qwen3"))
-    short = load_model(open_checkpoint(compose.shorten(source, 3, tmp_path / "short")))
+    short = load_model(open_checkpoint(compose.shorten(source, 3, tmp_path / "short", models.processor_of(source))))
     long = load_model(source)
     assert short.config.text_config.num_hidden_layers == 3
     assert len(short.config.text_config.layer_types) == 3
