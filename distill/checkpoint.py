@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill import processes
 from vlm.errors import UserError
 from vlm.files import atomic_dir, fsync_path, read_json, write_atomic
 
@@ -44,7 +45,7 @@ def publish(out: Path, step: int, seconds: float, keep: int) -> Path:
     if (target / COMPLETE).is_file():  # the same step saved twice
         shutil.rmtree(writing(out))
         return target
-    (work / COMPLETE).write_text(str(seconds))
+    (work / COMPLETE).write_text(json.dumps({"seconds": seconds, "processes": processes.world()}))
     for path in sorted(work.rglob("*")):
         fsync_path(path)
     fsync_path(work)
@@ -59,10 +60,30 @@ def publish(out: Path, step: int, seconds: float, keep: int) -> Path:
     return target
 
 
+def seconds_of(directory: Path) -> float:
+    """Seconds trained until a checkpoint.
+
+    Raises:
+        UserError: it belongs to a run of another number of processes, which would see other batches.
+    """
+    state = read_json(directory / COMPLETE)
+    wrote, now = int(state["processes"]), processes.world()
+    if wrote != now:
+        raise UserError(
+            f"{directory.name} was written by {wrote} processes and this is a run of {now}, whose steps would be other "
+            f"batches; start {wrote}, or begin anew from its student: --student {directory}"
+        )
+    return float(state["seconds"])
+
+
 def complete(out: Path) -> list[Path]:
     """Checkpoints written to their end, oldest first."""
     found = [path for path in folder(out).glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(directory: Path) -> int:
+    return int(directory.name.split("-")[1])
 
 
 def last(out: Path) -> Path | None:

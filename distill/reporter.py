@@ -62,7 +62,7 @@ class Reporter(TrainerCallback):
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if not processes.is_first():
+        if not processes.is_first() or "train_runtime" in logs:  # the summary counts this process's steps only
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -156,10 +156,10 @@ def train(config: TrainConfig) -> TrainResult:
     trainer.started = started
     found = processes.first(lambda: checkpoint.last(config.out)) if config.resume else None
     if found:
-        trainer.seconds_before = float((found / checkpoint.COMPLETE).read_text())
+        trainer.seconds_before = processes.first(lambda: checkpoint.seconds_of(found))
     if config.resume:
         processes.say(f"going on from {found.name}" if found else "no complete checkpoint yet: starting at step 0")
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    trainer.go(found)
     return _finish(run, trainer, collate)
 
 

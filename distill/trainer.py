@@ -81,14 +81,21 @@ class DistillTrainer(Trainer):
             self.optimizer = self._adamw = build_optimizer(self.config, self.student)
         return self._adamw
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def go(self, found: Path | None) -> None:
+        """Train from a checkpoint, or from the start, to the last step."""
+        if found is not None and checkpoint.step_of(found) >= self.config.steps:
+            # the base class would take one more step
+            self.load_weights(found)
+            self.student.to(self.args.device)
+            return
         try:
-            return super().train(*args, **kwargs)
+            self.train(resume_from_checkpoint=None if found is None else str(found))
         finally:
             self._reporter.release()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        self._inspected = self.state.global_step
         if processes.world() > 1:
             how = (
                 "the student sharded over them (FSDP2)" if is_sharded(self.model) else "each with a copy of the student"
