@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from distill import checkpoint
 from distill.config import TrainConfig
 from distill.data import Collator, DigitsExamples, LlavaJson
 from distill.evaluate import greedy_matches
-from distill.report import read_metrics
 from distill.reporter import drop_after
-from distill.train import config_from_json, config_to_json, train
+from distill.train import config_from_json, train
 from distill.trainer import DistillTrainer
 from tests.tiny import make_student
 from vlm import chat, digits
@@ -112,53 +109,6 @@ def test_accumulation_does_not_change_the_result(models: Path, tmp_path: Path) -
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, atol=2e-4, rtol=1e-3)
     assert any(not torch.equal(value, start[name]) for name, value in one.items() if name in start)
-
-
-KILLER = """
-import json, os, signal, sys
-from pathlib import Path
-from distill import trainer
-from distill.train import config_from_json, train
-moment, step = sys.argv[2], int(sys.argv[3])
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-if moment == "saving":
-    original = trainer.DistillTrainer._save_optimizer_and_scheduler
-    def save(self, folder):
-        if self.state.global_step == step:
-            die()
-        original(self, folder)
-    trainer.DistillTrainer._save_optimizer_and_scheduler = save
-else:
-    original = trainer.Reporter.on_step_end
-    def on_step_end(self, args, state, control, **rest):
-        if state.global_step == step:
-            die()
-        original(self, args, state, control, **rest)
-    trainer.Reporter.on_step_end = on_step_end
-train(config_from_json(json.loads(Path(sys.argv[1]).read_text())))
-"""
-
-
-@pytest.mark.parametrize(("moment", "step"), [("saving", 4), ("stepping", 5), ("stepping", 1)])
-def test_a_killed_run_resumes_to_the_same_bits(models: Path, tmp_path: Path, moment: str, step: int) -> None:
-    reference = tiny(models, tmp_path / "reference")
-    train(reference)
-    killed = dataclasses.replace(reference, out=tmp_path / "killed")
-    (tmp_path / "config.json").write_text(json.dumps(config_to_json(killed)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLER, str(tmp_path / "config.json"), moment, str(step)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (killed.out / "student").exists()
-    train(dataclasses.replace(killed, resume=True))
-    one, other = final_weights(reference.out), final_weights(killed.out)
-    for name, value in one.items():
-        assert torch.equal(other[name], value), name
-    ours, theirs = [read_metrics(run.out / "metrics.jsonl") for run in (reference, killed)]
-    for one_line, other_line in zip(ours, theirs, strict=True):
-        for name in ("step", "loss", "sft", "kd", "iva", "tpa", "eval_sft", "eval_exact_match", "learning_rate"):
-            assert one_line.get(name) == other_line.get(name), (name, one_line["step"])
 
 
 def test_resuming_a_finished_run_changes_nothing(models: Path, tmp_path: Path) -> None:
@@ -378,3 +328,34 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     drop_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_gradient_checkpointing_changes_memory_not_the_result(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distill.config import Align
+
+    plain = tiny(models, tmp_path / "plain", steps=3, eval_every=0, align=Align(iva_layer=0, layout="appended"))
+    saved = dataclasses.replace(plain, out=tmp_path / "saved", gradient_checkpointing=True, align=Align(iva_layer=0))
+    train(plain)
+    train(saved)
+    assert "align.layout cached becomes appended" in capsys.readouterr().err
+    one, other = final_weights(plain.out), final_weights(saved.out)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_logger_that_is_not_installed_is_named_with_its_extra(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else original(name, *rest)
+    )
+    with pytest.raises(UserError, match=r"report_to wandb.*pip install 'align-edge\[wandb\]'"):
+        train(tiny(models, tmp_path / "run", report_to="tensorboard,wandb"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="choose from tensorboard, trackio, wandb"):
+        tiny(models, tmp_path / "run", report_to="tensorbored")
