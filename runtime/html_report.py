@@ -21,7 +21,7 @@ body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}p,figcaption{color:var(--soft);margin:.2rem 0}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;white-space:nowrap}
 th,td{border-bottom:1px solid var(--line);padding:.3rem .7rem;text-align:right}th:first-child,td:first-child{text-align:left}
-td.text{text-align:left;white-space:normal;min-width:18rem}figure{margin:1rem 0}svg{width:100%;max-width:760px;height:auto}
+th.text,td.text{text-align:left;white-space:normal;min-width:18rem}figure{margin:1rem 0}svg{width:100%;max-width:760px;height:auto}
 svg text{fill:var(--ink);font:12px system-ui,sans-serif}svg .axis{stroke:var(--line)}ul.key{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem}
 .key i{display:inline-block;width:.8em;height:.8em;margin-right:.4em;border-radius:2px}.bad{color:var(--bad);font-weight:600}
 """
@@ -61,7 +61,10 @@ def _name(p: dict[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = ()) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    head = "".join(
+        f'<th scope="col"{" class=text" if i in text_columns else ""}>{escape(cell)}</th>'
+        for i, cell in enumerate(header)
+    )
     body = "".join(
         "<tr>"
         + "".join(f"<td{' class=text' if i in text_columns else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))

@@ -52,6 +52,9 @@ def image_size(encoded: EncodedImage) -> tuple[int, int]:
     """
     try:
         return Pillow.open(io.BytesIO(encoded.data), formats=preprocess.FORMATS).size
+    except Pillow.DecompressionBombError:
+        limit = f"{preprocess.MAX_PIXELS / 1e6:.0f} million pixels"
+        raise BadImage(f"{encoded.name} has more than {limit}; scale it down first") from None
     except Exception:  # a decoder may raise anything over a hostile header
         raise BadImage(f"{encoded.name} is not a readable image; allowed: {', '.join(preprocess.FORMATS)}") from None
 

@@ -161,7 +161,9 @@ class _Fields:
         if not right or (isinstance(value, bool) and kind is not bool):
             names = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
             raise UserError(f"{name} in {self._where} must be {names.get(kind, 'a number')}")
-        return value
+        if kind in (int, float) and not abs(value) < 2**63:  # JSON has no largest number, and 1e999 is infinite
+            raise UserError(f"{name} in {self._where} is out of range")
+        return float(value) if kind is float else value
 
     def end(self) -> None:
         if self._left:
@@ -196,11 +198,11 @@ def _sampling(fields: _Fields, limits: Limits) -> Sampling:
     fields.pop("repeat_penalty")
     return Sampling(
         max_new_tokens=min(tokens, limits.new_tokens) if tokens > 0 else tokens,
-        temperature=float(fields.take("temperature", float, 0.0)),
-        top_p=float(fields.take("top_p", float, 1.0)),
+        temperature=fields.take("temperature", float, 0.0),
+        top_p=fields.take("top_p", float, 1.0),
         top_k=max(fields.take("top_k", int, 0), 0),  # other servers write -1 for "all"
-        min_p=float(fields.take("min_p", float, 0.0)),
-        repetition_penalty=float(penalty),
+        min_p=fields.take("min_p", float, 0.0),
+        repetition_penalty=penalty,
         seed=None if seed is None else abs(seed),
         stop=tuple(stops),
         ignore_eos=fields.take("ignore_eos", bool, False),
