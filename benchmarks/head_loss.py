@@ -227,7 +227,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--bf16", action="store_true", help="bfloat16 hidden states and heads")
     made.add_argument("--liger", action=argparse.BooleanOptionalAction, default=True, help="compare where installed")
     made.add_argument("--liger-chunk", type=int, default=1024, help="rows a chunk of its loss; 1024 is its default")
-    made.add_argument("--memory-rounds", type=int, default=3)
+    made.add_argument("--memory-rounds", type=int, default=3, help="0 measures none")
     made.add_argument("--memory-of", help=argparse.SUPPRESS)
     return made
 
@@ -242,7 +242,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     require_memory(args)
     found = sides(args)
-    results = rows_of_memory(args, list(found))
+    results = rows_of_memory(args, list(found)) if args.memory_rounds else []
     case = Case.of(args)
     errors = differences(case, found)
     clocks: dict[str, list[float]] = {name: [] for name in found}
