@@ -95,9 +95,9 @@ class Context:
 
     def shared(self, keys: Sequence[Key]) -> int:
         """How many leading tokens of a prompt are there already; at least one is always left to compute."""
-        limit = min(len(self._keys), len(keys) - 1)
+        limit = max(min(len(self._keys), len(keys) - 1), 0)
         if self._keys[:limit] == list(keys[:limit]):  # the usual case of a chat, at the speed of C
-            return max(limit, 0)
+            return limit
         return next(at for at in range(limit) if self._keys[at] != keys[at])
 
     def keep(self, tokens: int) -> None:
@@ -105,6 +105,9 @@ class Context:
 
     def add(self, keys: Sequence[Key]) -> None:
         self._keys += keys
+
+    def add_one(self, key: Key) -> None:
+        self._keys.append(key)
 
 
 def prompt_keys(prompt: Prompt, tokens_per_image: int) -> list[Key]:

@@ -86,7 +86,8 @@ class _Timed:
     job: Job
     shared: Shared
     spans: list[Span] = field(default_factory=list)
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
+    completion_tokens: int | None = 0
     usage: Usage = field(default_factory=lambda: Usage(0, 0, 0, 0))
     reported: dict[str, Any] | None = None
 
@@ -98,7 +99,8 @@ class _Timed:
             finish = self._answer()
         except _Stopped as stopped:
             finish = stopped.finish
-        return Done(finish, self.text, self.usage, self.job.received_ns, tuple(self.spans), self.reported)
+        usage = replace(self.usage, completion_tokens=self.completion_tokens)
+        return Done(finish, "".join(self.pieces), usage, self.job.received_ns, tuple(self.spans), self.reported)
 
     def _answer(self) -> Finish:
         raise NotImplementedError
@@ -112,10 +114,10 @@ class _Timed:
     def _lap(
         self, stage: Stage, tokens: int = 0, announce: bool = False, cached: bool = False, cached_tokens: int = 0
     ) -> int:
-        start_ns = self.spans[-1].end_ns if self.spans else self.job.received_ns
+        spans = self.spans
         end_ns = self.shared.clock.now_ns()
-        span = Span(stage, start_ns, end_ns, tokens, cached, cached_tokens)
-        self.spans.append(span)
+        span = Span(stage, spans[-1].end_ns if spans else self.job.received_ns, end_ns, tokens, cached, cached_tokens)
+        spans.append(span)
         if announce:
             self.job.listener(span)
         return end_ns
@@ -236,15 +238,16 @@ class StepRun(_Timed):
             context.keep(0)
             context.add(keys[:stop])
         if logits_V is None:
-            raise RuntimeError("the prompt is empty")
+            raise UserError("the prompt is empty; write a question")
         if self.job.sync == "all":
             self.backend.sync()
         return logits_V
 
     def _decode(self, logits_V: Logits, prompt: Prompt, sample: Sampler, limit: int, kept: int) -> Finish:
-        sampling, end_ids = self.job.sampling, self.backend.info.eos_token_ids
-        pieces, stops = Detokenizer(self.backend.detokenize), StopStrings(sampling.stop)
-        context, step, sync = self.shared.context, self.backend.step, self.job.sync == "all"
+        job, context, step = self.job, self.shared.context, self.backend.step
+        end_ids = () if job.sampling.ignore_eos else self.backend.info.eos_token_ids
+        detokenizer, stops = Detokenizer(self.backend.detokenize), StopStrings(job.sampling.stop)
+        sync = self.backend.sync if job.sync == "all" else None
         for count in range(1, limit + 1):
             token_id = sample(logits_V)
             if count == 1:
@@ -252,14 +255,14 @@ class StepRun(_Timed):
                 t_ns = self._lap("prefill", last_chunk, announce=True, cached_tokens=kept)
             else:
                 t_ns = self._lap("decode", 1)
-            ended = token_id in end_ids and not sampling.ignore_eos
-            piece, stopped = stops.add("" if ended else pieces.add(token_id))
+            ended = token_id in end_ids
+            piece, stopped = stops.add("" if ended else detokenizer.add(token_id))
             if not stopped and (ended or count == limit):
-                tail, stopped = stops.add(pieces.flush())
+                tail, stopped = stops.add(detokenizer.flush())
                 piece += tail + ("" if stopped else stops.flush())
-            self.text += piece
-            self.usage = replace(self.usage, completion_tokens=count)
-            self.job.listener(Token(token_id, piece, t_ns))
+            self.pieces.append(piece)
+            self.completion_tokens = count
+            job.listener(Token(token_id, piece, t_ns))
             self._lap("detokenize")
             if ended or stopped:
                 return "stop"
@@ -267,12 +270,12 @@ class StepRun(_Timed):
                 try:
                     self._check()
                 except _Stopped:
-                    self.text += stops.flush()
+                    self.pieces.append(stops.flush())
                     raise
                 logits_V = step(token_id)
-                context.add((token_id,))
-                if sync:
-                    self.backend.sync()
+                context.add_one(token_id)
+                if sync is not None:
+                    sync()
         return "length"
 
     def _limit(self, prompt_tokens: int) -> int:
@@ -289,7 +292,7 @@ class RemoteRun(_Timed):
     backend: StreamBackend = field(kw_only=True)
 
     def _answer(self) -> Finish:
-        self.usage = Usage(None, None, None, None, None)
+        self.usage, self.completion_tokens = Usage(None, None, None, None, None), None
         job = self.job
         end: Reported | None = None
         pieces = self.backend.stream(job.messages, job.sampling, job.reuse, self._stopped)
@@ -298,7 +301,7 @@ class RemoteRun(_Timed):
                 if isinstance(piece, Reported):
                     end = piece
                 elif piece:  # an empty first piece (role only) is not a token
-                    self.text += piece
+                    self.pieces.append(piece)
                     job.listener(Token(-1, piece, self.shared.clock.now_ns()))
                     self._check()
         finally:
@@ -308,6 +311,7 @@ class RemoteRun(_Timed):
             self._check()
             raise ModelFailed("the server ended its stream without saying why; look at its log")
         self.usage, self.reported = end.usage, dict(end.timings)
+        self.completion_tokens = end.usage.completion_tokens
         return end.finish
 
     def _stopped(self) -> bool:

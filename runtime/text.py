@@ -17,26 +17,34 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []
-        self._start = self._given = 0
+        self._window: list[int] = []  # tokens already given out, then those still pending
+        self._given = 0
+        self._before: str | None = ""  # text of the tokens given out; None while it has to be decoded again
 
     def add(self, token_id: int) -> str:
         """Text that became certain with this token; "" while a character is incomplete."""
-        self._ids.append(token_id)
-        window = self._decode(self._ids[self._start :])
-        before = self._decode(self._ids[self._start : self._given])
-        pending = len(self._ids) - self._given
-        if window.endswith(INCOMPLETE) and pending < MAX_PENDING:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text.endswith(INCOMPLETE) and len(self._window) - self._given < MAX_PENDING:
             return ""
-        self._start, self._given = self._given, len(self._ids)
-        return window[len(before) :]
+        piece = text[len(self._text_before()) :]
+        del self._window[: self._given]
+        self._given, self._before = len(self._window), None
+        return piece
 
     def flush(self) -> str:
         """The rest at the end of an answer, incomplete characters as U+FFFD."""
-        window = self._decode(self._ids[self._start :])
-        before = self._decode(self._ids[self._start : self._given])
-        self._given = len(self._ids)
-        return window[len(before) :]
+        if len(self._window) == self._given:
+            return ""
+        piece = self._decode(self._window)[len(self._text_before()) :]
+        self._given = len(self._window)
+        self._before = None
+        return piece
+
+    def _text_before(self) -> str:
+        if self._before is None:
+            self._before = self._decode(self._window[: self._given])
+        return self._before
 
 
 class StopStrings:
@@ -48,6 +56,8 @@ class StopStrings:
 
     def add(self, text: str) -> tuple[str, bool]:
         """Text that may be shown, and whether a stop string was reached."""
+        if not self._stops:
+            return text, False
         held = self._held + text
         found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
