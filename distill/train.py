@@ -189,7 +189,8 @@ def _watch(run: Run, collate: Collator) -> Callable[[DistillTrainer, int], dict[
     teacher = None
     if run.teacher is not None:
         teacher = visual.read(run.teacher, seen, placement.computes_on(run.teacher))
-    watch = visual.VisualWatch(max(visual.PATIENCE, 2 * config.warmup_steps), teacher)
+    a_step = config.batch_size * config.accumulate * processes.world()
+    watch = visual.VisualWatch(visual.patience(config.warmup_steps, a_step), teacher)
 
     def inspect(trainer: DistillTrainer, step: int) -> dict[str, Any]:
         reading = trainer.on_student(lambda student: visual.read(student, probe, trainer.args.device))

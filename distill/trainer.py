@@ -253,9 +253,9 @@ class DistillTrainer(Trainer):
 
         folder = Path(checkpoint)
         state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        set_optimizer_state_dict(
-            self.model, self.optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True)
-        )
+        # not strict: parameters that never had a gradient (the tower beyond its feature layer) have no state
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def _write(self, work: Callable[[], Any]) -> None:
@@ -350,6 +350,8 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         fsdp=True if config.fsdp and processes.world() > 1 else None,
         ddp_timeout=int(processes.PATIENCE.total_seconds()),
         report_to=[],
+        run_name=config.out.name,
+        project="align-edge",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_drop_last=True,

@@ -33,8 +33,9 @@ Verdict = Literal["sees", "early", "blind", "unwired", "mismatched"]
 T_99 = {1: 63.66, 2: 9.925, 3: 5.841, 4: 4.604, 5: 4.032, 6: 3.707, 7: 3.499, 8: 3.355, 10: 3.169, 12: 3.055}
 T_99 |= {15: 2.947, 20: 2.845, 30: 2.750, 60: 2.660, 120: 2.617}
 ROWS = 256
-# steps before having learned nothing from images counts against a student
+# steps and samples before having learned nothing from images counts against a student
 PATIENCE = 100
+PATIENCE_SAMPLES = 3200
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,11 @@ def answers(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     cost_B = torch.zeros(len(tokens_B), device=logp_N.device).index_add_(0, sample_N, -logp_N) / tokens_B
     model.train(was_training)
     return cost_B, logp_N
+
+
+def patience(warmup_steps: int, samples_a_step: int) -> int:
+    """Steps a student may take before it must see: 100, twice its warm-up, or 3,200 samples, whichever is more."""
+    return max(PATIENCE, 2 * warmup_steps, -(-PATIENCE_SAMPLES // samples_a_step))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ def test_costs_equal_those_of_one_sample_at_a_time(qwen2_pair: Pair) -> None:
         assert float(together[index]) == pytest.approx(float(cost), abs=1e-5)
 
 
+def test_patience_follows_warm_up_and_batch() -> None:
+    assert visual.patience(5, 32) == 100
+    assert visual.patience(300, 256) == 600
+    assert visual.patience(5, 8) == 400
+
+
 def test_verdicts() -> None:
     watch = VisualWatch(100, reading(2.0))
     assert watch.verdict(10, reading(0.01)) == "sees"
