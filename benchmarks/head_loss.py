@@ -108,9 +108,11 @@ def liger(compiled: bool, chunk: int) -> Callable[[Case], Tensor]:
 
 def sides(args: argparse.Namespace) -> dict[str, Callable[[Case], Tensor]]:
     found: dict[str, Callable[[Case], Tensor]] = {"ours": ours, "full": full}
-    if args.liger and importlib.util.find_spec("liger_kernel"):
-        found["liger"] = liger(compiled=False, chunk=args.liger_chunk)
-        found["liger, compiled"] = liger(compiled=True, chunk=args.liger_chunk)
+    if importlib.util.find_spec("liger_kernel"):
+        if args.liger in ("eager", "both"):
+            found["liger"] = liger(compiled=False, chunk=args.liger_chunk)
+        if args.liger in ("compiled", "both"):
+            found["liger, compiled"] = liger(compiled=True, chunk=args.liger_chunk)
     return found
 
 
@@ -206,6 +208,7 @@ def rows_of_memory(args: argparse.Namespace, names: list[str]) -> list[Result]:
     for _ in range(args.memory_rounds):
         for name in names:
             taken[name].append(memory(args, name))
+            note(f"{name}: {taken[name][-1]['peak'] / 2**20:.0f} MiB at the peak")
     results = []
     for name in [name for name in names if name != "ours"]:
         for label, less in (("peak memory less gradients", True), ("peak memory", False)):
@@ -225,7 +228,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--teacher-hidden", type=int, default=896)
     made.add_argument("--terms", choices=["sft+kd", "kd"], default="sft+kd")
     made.add_argument("--bf16", action="store_true", help="bfloat16 hidden states and heads")
-    made.add_argument("--liger", action=argparse.BooleanOptionalAction, default=True, help="compare where installed")
+    made.add_argument("--liger", choices=["none", "eager", "compiled", "both"], default="both", help="where installed")
     made.add_argument("--liger-chunk", type=int, default=1024, help="rows a chunk of its loss; 1024 is its default")
     made.add_argument("--memory-rounds", type=int, default=3, help="0 measures none")
     made.add_argument("--memory-of", help=argparse.SUPPRESS)

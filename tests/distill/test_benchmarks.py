@@ -14,7 +14,7 @@ from benchmarks import head_loss, trl_ours, trl_step
 from tests.tiny import make_student
 from vlm.errors import MissingPiece, UserError
 
-TINY = ["--rows", "40", "--vocabulary", "300", "--hidden", "16", "--teacher-hidden", "24", "--no-liger"]
+TINY = ["--rows", "40", "--vocabulary", "300", "--hidden", "16", "--teacher-hidden", "24", "--liger", "none"]
 
 
 @pytest.mark.parametrize("terms", ["sft+kd", "kd"])
