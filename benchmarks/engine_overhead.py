@@ -1,0 +1,137 @@
+"""What the engine adds to the time per token: engine against a bare loop over the same model, in turns.
+
+    python -m benchmarks.engine_overhead runs/NAME/student artifacts/NAME-onnx artifacts/NAME-gguf --tokens 200
+
+ours = TPOT through the engine (sampling, detokenising, stop strings, timing, events, cancel checks); theirs = the bare loop:
+argmax and one step per token, nothing else. Both are the median interval between two steps of one answer: `wall` on the
+clock, `cpu` in processor time of the thread that runs the model, which other work on a busy machine lengthens less.
+`raw` is the bare loop written directly on llama.cpp's C functions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Result, compare, finish, parser
+from runtime.api import Sampling, StreamBackend
+from runtime.backend_gguf import GgufBackend
+from runtime.engine import Engine
+from runtime.images import from_pillow, question
+from runtime.loading import load
+from vlm import digits
+
+Timed = tuple[float, float]
+
+
+class Stamps:
+    """Clock and processor time at the start of every step."""
+
+    def __init__(self) -> None:
+        self.wall: list[int] = []
+        self.cpu: list[int] = []
+
+    def add(self) -> None:
+        self.wall.append(time.perf_counter_ns())
+        self.cpu.append(time.thread_time_ns())
+
+    def medians(self) -> Timed:
+        """Milliseconds between two steps, wall and cpu."""
+        return tuple(  # type: ignore[return-value]
+            statistics.median(b - a for a, b in itertools.pairwise(times)) / 1e6 for times in (self.wall, self.cpu)
+        )
+
+
+def engine_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
+    """Through the engine, as any caller would."""
+    backend, stamps = engine._backend, Stamps()
+    assert not isinstance(backend, StreamBackend)
+    step = backend.step
+
+    def stamped(token_id: int) -> Any:
+        stamps.add()
+        return step(token_id)
+
+    backend.step = stamped  # type: ignore[method-assign]
+    try:
+        engine.complete(messages, Sampling(max_new_tokens=tokens, ignore_eos=True), reuse="none")
+    finally:
+        backend.step = step  # type: ignore[method-assign]
+    return stamps.medians()
+
+
+def bare_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
+    """The same steps with an argmax between them."""
+    backend, stamps = engine._backend, Stamps()
+    assert not isinstance(backend, StreamBackend)
+    prompt = backend.prepare(messages)
+    logits_V = backend.prefill(prompt, backend.encode(prompt.images))
+    engine._shared.context.keep(0)
+    for _ in range(tokens - 1):
+        token_id = int(np.argmax(logits_V))
+        stamps.add()
+        logits_V = backend.step(token_id)
+    return stamps.medians()
+
+
+def raw_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
+    """llama_decode and an argmax over its own logits, no class of ours in between."""
+    backend, stamps = engine._backend, Stamps()
+    assert isinstance(backend, GgufBackend)
+    prompt = backend.prepare(messages)
+    logits_V = backend.prefill(prompt, backend.encode(prompt.images))
+    engine._shared.context.keep(0)
+    llama, context, vocab = backend._llama, backend._context, backend.info.vocab_size
+    for _ in range(tokens - 1):
+        token = (llama.llama_token * 1)(int(np.argmax(logits_V)))
+        stamps.add()
+        if llama.llama_decode(context, llama.llama_batch_get_one(token, 1)):
+            raise RuntimeError("llama_decode failed")
+        logits_V = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (vocab,))
+    return stamps.medians()
+
+
+def measure(engine: Engine, tokens: int, rounds: int) -> list[Result]:
+    """Rounds of every side, each round starting with another one."""
+    sides: dict[str, Callable[[Engine, list[Any], int], Timed]] = {"engine": engine_loop, "bare": bare_loop}
+    if isinstance(engine._backend, GgufBackend):
+        sides["raw"] = raw_loop
+    seen: dict[str, list[Timed]] = {name: [] for name in sides}
+    names = list(sides)
+    for turn in range(rounds + 1):
+        messages = [question("Read the top row.", from_pillow(digits.sample("test", turn).image))]
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            timed = sides[name](engine, messages, tokens)
+            if turn:
+                seen[name].append(timed)
+    results = []
+    for at, clock in enumerate(("wall", "cpu")):
+        times = {name: [timed[at] for timed in values] for name, values in seen.items()}
+        for other in names[1:]:
+            label = f"engine / {other}, {engine.info.backend} {engine.info.precision}, {clock}"
+            results.append(compare(label, times["engine"], times[other], "ms per token"))
+    return results
+
+
+def main() -> None:
+    arguments_of = parser(__doc__ or "")
+    arguments_of.add_argument("artifacts", nargs="+")
+    arguments_of.add_argument("--tokens", type=int, default=200)
+    arguments = arguments_of.parse_args()
+    results = []
+    for artifact in arguments.artifacts:
+        with load(artifact, threads=max(arguments.threads, 1)) as engine:
+            results += measure(engine, arguments.tokens, arguments.rounds)
+    cpu = [r.ratio for r in results if "bare" in r.name and r.name.endswith("cpu")]
+    print(f"engine / bare, cpu, median over backends: {statistics.median(cpu):.3f}")
+    finish(results, {"tokens": arguments.tokens, "rounds": arguments.rounds}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
