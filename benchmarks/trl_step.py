@@ -130,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
     if not args.trl.is_file():
         raise UserError(f"--trl {args.trl} is no file; give the python of an environment with trl installed")
     reports: dict[str, list[dict[str, Any]]] = {side: [] for side in ("ours", *args.paths)}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "trl")}
     with tempfile.TemporaryDirectory() as name:
         make_pair(Path(name), args)
         sides = list(reports)
@@ -137,12 +138,12 @@ def main(argv: Sequence[str]) -> int:
             first = turn % len(sides)
             for side in sides[first:] + sides[:first]:
                 reports[side].append(measure(side, Path(name), args))
-    errors = agree(reports)
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "trl")}
-    versions = {side: found[0]["versions"] for side, found in reports.items()}
-    finish(results(reports), settings | {"relative_loss_error": errors, "versions": versions}, args.out)
-    if max(errors.values()) > TOLERANCE:
-        raise GateFailed(f"losses differ by more than {TOLERANCE} relative: {errors}")
+            # after every round, so that an interrupted run has something to show
+            errors = agree(reports)
+            versions = {side: found[0]["versions"] for side, found in reports.items()}
+            finish(results(reports), settings | {"relative_loss_error": errors, "versions": versions}, args.out)
+            if max(errors.values()) > TOLERANCE:
+                raise GateFailed(f"losses differ by more than {TOLERANCE} relative: {errors}")
     return 0
 
 
