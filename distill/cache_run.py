@@ -101,7 +101,7 @@ class Built:
         for term, e in m.errors.items():
             lines.append(
                 f"{term}: mean |cached - live| / live of a sample's loss {_share(e.mean)} "
-                f"(95 % {_share(e.low)} to {_share(e.high)}, n = {e.n}), with this student"
+                f"(95 % {_share(e.low)} to {_share(e.high)}, n = {e.n}), with this student (larger with a trained one)"
             )
         if self.dry_run:
             lines.append(f"the cache will take about {_size(self.estimate_bytes)}; nothing was written")
