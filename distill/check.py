@@ -240,7 +240,7 @@ def _objective(run: Run, collate: Collator) -> tuple[Objective, tuple[str, ...]]
         notes = (f"IVA layer {layer}, chosen here over {pairs} pairs (training: {config.align.irs_pairs})",)
     if run.cached is not None:
         notes = ("the teacher is read from its cache, so its own use of the images is not tested",)
-    align = train._recomputed(run)
+    align = train.recomputed(run)
     return Objective(config.terms, config.weights, align, run.asked(align, layer), run.vocabulary), notes
 
 

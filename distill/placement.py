@@ -20,7 +20,7 @@ from vlm.errors import CheckpointError, MissingPiece, UserError
 from vlm.load import Checkpoint, load_model
 
 # kept as they are under quantisation: the head is multiplied by the loss, the rest is small
-UNQUANTISED = ("lm_head", "vision_tower", "multi_modal_projector")
+UNQUANTISED = ("lm_head", "vision_tower", "multi_modal_projector", "visual", "vision_model", "connector")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 import torch
 
 from distill.config import TrainConfig
-from distill.data import Collator, batches
+from distill.data import batches
 from distill.groups import build_optimizer
 from distill.objective import Normaliser, Objective
-from distill.teacher import LiveTeacher
 from distill.train import load_run
 
 
@@ -34,10 +33,10 @@ def measure(configs: list[TrainConfig], rounds: int, warmup: int = 3) -> dict[st
 
 def _stepper(config: TrainConfig) -> Callable[[int], None]:
     run = load_run(config)
-    teacher = None if run.teacher is None else LiveTeacher(run.teacher, config.align)
+    teacher = run.asked(config.align, max(config.align.iva_layer, 0))
     objective = Objective(config.terms, config.weights, config.align, teacher, run.vocabulary)
     optimizer = build_optimizer(config, run.student)
-    collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
+    collate = run.collate()
 
     def step(turn: int) -> None:
         indices = range(turn * config.batch_size, (turn + 1) * config.batch_size)

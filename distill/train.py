@@ -147,7 +147,7 @@ def train(config: TrainConfig) -> TrainResult:
     iva_layer, scores = processes.first(lambda: _iva_layer(run))
     processes.first(lambda: _start_run_directory(config, scores))
     processes.first(lambda: write_skipped(run.data.train, config.out))
-    align = _recomputed(run)
+    align = recomputed(run)
     objective = Objective(config.terms, config.weights, align, run.asked(align, iva_layer), run.vocabulary)
     collate = run.collate()
     trainer = DistillTrainer(
@@ -163,7 +163,7 @@ def train(config: TrainConfig) -> TrainResult:
     return _finish(run, trainer, collate)
 
 
-def _recomputed(run: Run) -> Align:
+def recomputed(run: Run) -> Align:
     """With gradient checkpointing on, the settings that work with it."""
     if not run.config.gradient_checkpointing:
         return run.config.align
