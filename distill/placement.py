@@ -112,13 +112,13 @@ def _refuse_quantisation(config: TrainConfig, device: torch.device, offload: boo
 
 
 def _quantised(checkpoint: Checkpoint, config: TrainConfig, device: torch.device) -> nn.Module:
-    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     dtype = getattr(torch, config.teacher_dtype)
     how = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}}
     quantisation = BitsAndBytesConfig(llm_int8_skip_modules=list(UNQUANTISED), **how[config.teacher_load])
     try:
-        model: nn.Module = LlavaForConditionalGeneration.from_pretrained(
+        model: nn.Module = AutoModelForImageTextToText.from_pretrained(
             checkpoint.directory,
             dtype=dtype,
             quantization_config=quantisation,
