@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import signal
 import socket
 from dataclasses import asdict
 
@@ -19,6 +20,7 @@ from vlm.errors import ToolError, UserError
 KEY_VARIABLE = "ALIGN_EDGE_API_KEY"
 HEADER_BYTES = 32 << 10
 GRACE_S = 5
+KEEP_ALIVE_S = 75  # longer than clients pause: closing a connection that is just being used again looks like a failure
 
 
 def serve(arguments: argparse.Namespace, options: LoadOptions) -> int:
@@ -89,6 +91,7 @@ def _run(arguments: argparse.Namespace, options: LoadOptions, listener: socket.s
         server_header=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_graceful_shutdown=GRACE_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = uvicorn.Server(config)
     failure: list[ToolError] = []
@@ -100,8 +103,10 @@ def _run(arguments: argparse.Namespace, options: LoadOptions, listener: socket.s
 
     host, port = listener.getsockname()[:2]
     note(f"http://{f'[{host}]' if ':' in host else host}:{port}: loading {arguments.artifact}")
+    # uvicorn raises the signal again once it is done; SIGTERM must then not end the process before the model is freed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it is done
+        with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(main())
     finally:
         if service.engine is not None:

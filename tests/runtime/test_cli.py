@@ -109,11 +109,12 @@ def test_doctor_names_the_command_that_mends_each_gap(command: Command) -> None:
     value = json.loads(result.stdout.splitlines()[-1])
     assert {finding["status"] for finding in value["findings"]} <= {"ok", "missing"}
     for finding in value["findings"]:
-        assert (finding["status"] == "missing") == finding["mend"].startswith("pip install 'align-edge[")
+        mends = ("pip install 'align-edge[", "sudo chmod", "nothing to install")
+        assert (finding["status"] == "missing") == finding["mend"].startswith(mends)
     assert value["environment"]["packages"]["numpy"]
 
 
-@pytest.mark.parametrize("name", ["", "ask", "profile", "compare", "eval", "doctor"])
+@pytest.mark.parametrize("name", ["", "ask", "profile", "compare", "eval", "serve", "doctor"])
 def test_help_has_an_example(inside: Command, name: str) -> None:
     result = inside([*filter(None, [name]), "--help"])
     assert result.returncode == 0
@@ -161,6 +162,11 @@ def test_bad_images(command: Command, tmp_path: Path, png: Path, case: str, mess
         (["ask", "x", "hi", "--context", "2", "--backend", "fake"], "needs 3 tokens of context, the model has 2"),
         (["eval", "x", "--task", "nope"], "unknown task 'nope'"),
         (["profile", "x", "--requests", "0"], "requests is 0"),
+        (["profile", "x", "--slo", "fast"], "slo is 'fast'"),
+        (["serve", "x", "--backend", "fake", "--host", "0.0.0.0"], "open to other machines; give --api-key"),
+        (["serve", "x", "--backend", "fake", "--port", "70000"], "cannot listen on 127.0.0.1:70000"),
+        (["serve", "nowhere", "--port", "0", "--max-images", "0"], "images is 0"),
+        (["ask", "http://127.0.0.1:1", "hi"], "nothing answers at http://127.0.0.1:1"),
         (["profile", "nowhere"], "nowhere is not a directory"),
         (["profile", "x", "--image", "nowhere.png"], "no image at nowhere.png"),
         ([], "COMMAND"),
