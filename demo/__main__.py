@@ -19,6 +19,8 @@ from demo.session import Engines
 from vlm.console import Parser, note, run_command
 from vlm.errors import MissingPiece, ToolError, UserError
 
+SILENT_MS = 600
+
 
 @dataclass(frozen=True)
 class Options:
@@ -28,6 +30,7 @@ class Options:
     port: int
     auth: tuple[str, str] | None
     share: bool
+    backend: str
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,6 +65,9 @@ def _parser() -> Parser:
     parser.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes a free one")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for a login; required beyond this machine")
     parser.add_argument("--share", action="store_true", help="public link through Gradio's relay; requires --auth")
+    parser.add_argument(
+        "--no-auth", action="store_true", help="let anybody in who can reach the page: only with --host or --share"
+    )
     parser.add_argument("--backend", default="auto", help="run every model on this backend (default: by its format)")
     return parser
 
@@ -75,11 +81,26 @@ def _options(arguments: argparse.Namespace) -> Options:
         auth = (user, password)
     if not 0 <= arguments.port <= 65535:
         raise UserError(f"--port is {arguments.port}; give 1 to 65535, or 0 for a free one")
-    if auth is None and arguments.share:
-        raise UserError("--share puts the page on the internet; add --auth user:password")
-    if auth is None and not _is_loopback(arguments.host):
-        raise UserError(f"--host {arguments.host} lets other machines in; add --auth user:password")
-    return Options(arguments.host, arguments.port, auth, arguments.share)
+    if auth is not None and arguments.no_auth:
+        raise UserError("--auth and --no-auth exclude each other; give one of them")
+    _check_exposure(arguments, auth is not None)
+    return Options(arguments.host, arguments.port, auth, arguments.share, arguments.backend)
+
+
+def _check_exposure(arguments: argparse.Namespace, login: bool) -> None:
+    """Refuse an open door nobody asked for, warn of one that somebody did."""
+    risks = []
+    if arguments.share:
+        risks.append("--share puts the page on the internet")
+    if not _is_loopback(arguments.host):
+        risks.append(f"--host {arguments.host} lets other machines in")
+    for risk in risks:
+        if not login and not arguments.no_auth:
+            raise UserError(f"{risk}; add --auth user:password (or --no-auth for an open door)")
+        door = "behind a login" if login else "WITHOUT a login: anybody who reaches it can use this machine's model"
+        note(f"warning: {risk}, {door}")
+    if login and not _is_loopback(arguments.host):
+        note("warning: http is not encrypted; over a network you do not trust use an SSH tunnel instead")
 
 
 def _is_loopback(host: str) -> bool:
@@ -124,7 +145,8 @@ def _serve(engines: Engines, default: str, folder: Path, options: Options) -> No
     from demo import app
 
     del gradio
-    blocks = app.build(engines, examples.write(folder), default)
+    setting = app.Setting(examples.write(folder), default, folder / "profiles", options.backend)
+    blocks = app.build(engines, setting)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -139,12 +161,25 @@ def _serve(engines: Engines, default: str, folder: Path, options: Options) -> No
         )
     except OSError as error:
         raise UserError(f"cannot listen on {options.host}:{port}; if it is in use, choose another --port") from error
+    give_up_on_silent_peers(blocks.server)
     try:
         print(f"demo ready at {public or local}", flush=True)
         note("press Ctrl-C to end")
         stop.wait()
     finally:
         blocks.close(verbose=False)
+
+
+def give_up_on_silent_peers(server: Any) -> None:
+    """Close connections whose other end confirms nothing: a cut network, unlike a closed tab, says nothing itself.
+
+    Connections take the option over from the socket that accepted them. While an answer runs, something is sent at
+    least every `HEARTBEAT_S`, so its generation ends within a second of the cut. Linux only (RFC 5482).
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    for listening in getattr(server, "servers", ()) if option is not None else ():
+        for sock in listening.sockets:
+            sock.setsockopt(socket.IPPROTO_TCP, option, SILENT_MS)
 
 
 def free_port(host: str) -> int:

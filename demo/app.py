@@ -1,109 +1,110 @@
-"""The page: which widgets there are, and which handler each event runs. Gradio is imported inside functions only."""
+"""The page: its tabs, and what they share. Gradio is imported inside functions only."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from demo import examples, page
-from demo.handlers import LONGEST_QUESTION, Handlers, Updates, Widgets
-from demo.session import Engines, Session
+from demo import examples, page, tab_about, tab_chat, tab_compare, tab_live, tab_profile
+from demo.instruments import Instruments
+from demo.session import Engines, People, Session
+from vlm.errors import ToolError
 
-MODEL = "model"  # every event that touches the engine shares this concurrency id
+MODEL = "model"  # events that use the engine for long share this concurrency id
 MAX_UPLOAD = 15 << 20
+DEVICE_EVERY_S = 2.0
+PLAIN: dict[str, Any] = {"apply_default_css": False, "elem_classes": "page-html"}
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUEUED: dict[str, Any] = {"concurrency_id": MODEL, "concurrency_limit": 1, "api_visibility": "private"}
 
 
-def build(engines: Engines, shown: tuple[examples.Example, ...] = (), default: str = "") -> Any:
-    """The whole page as `gradio.Blocks`, not launched.
+@dataclass(frozen=True)
+class Setting:
+    """What the page is built around.
 
-    Args:
-        default: key of the model chosen at first.
+    Attributes:
+        default: key of the model chosen at first; "" is the first one.
+        folder: where profiles are written; None is a new temporary folder.
+        backend: every model is profiled on it.
+        opener: how the profiler gets a model.
     """
+
+    shown: tuple[examples.Example, ...] = ()
+    default: str = ""
+    folder: Path | None = None
+    backend: str = "auto"
+    instruments: Instruments | None = None
+    opener: tab_profile.Opener = tab_profile.process_runner
+
+
+class Choice:
+    """Switching models: the one in memory is freed, whoever uses it now ends first."""
+
+    def __init__(self, engines: Engines, model: Any, card: Any, about: Any, notice: Any) -> None:
+        self._engines = engines
+        self._card, self._about, self._notice, self.model = card, about, notice, model
+
+    async def choose(self, key: str) -> AsyncIterator[dict[Any, Any]]:
+        try:
+            entry = self._engines.entry(key)
+        except ToolError as error:
+            yield {self._notice: page.notice(error.message)}
+            return
+        about = tab_about.render(entry)
+        yield {self._card: page.model_card(entry, state="Loading …"), self._about: about, self._notice: ""}
+        try:
+            async with self._engines.turn:
+                engine = await asyncio.to_thread(self._engines.use, key)
+        except ToolError as error:
+            card = page.model_card(entry, state="Not loaded.")
+            yield {self._card: card, self._notice: page.notice(error.message)}
+            return
+        yield {self._card: page.model_card(entry, info=engine.info)}
+
+    def connect(self) -> None:
+        outputs = [self._card, self._about, self._notice]
+        self.model.change(self.choose, [self.model], outputs, show_progress="hidden", **QUEUED)
+
+
+def build(engines: Engines, setting: Setting | None = None) -> Any:
+    """The whole page as `gradio.Blocks`, not launched."""
     import gradio as gr
 
-    first = default or next(iter(engines.entries))
+    setting = setting or Setting()
+    instruments = setting.instruments or Instruments()
+    people = People()
     with gr.Blocks(title="align-edge", delete_cache=(3600, 86400), analytics_enabled=False) as blocks:
-        widgets = _lay_out(engines, shown, first)
-        _connect(blocks, widgets, Handlers(widgets, engines, shown))
+        session = gr.State(None, time_to_live=86400)
+        gr.HTML(page.HEADER, **PLAIN)
+        first = setting.default or next(iter(engines.entries))
+        model, card = _model_row(engines, first)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Chat", id="chat-tab"):
+                chat = tab_chat.lay_out(session, setting.shown, PLAIN)
+            with gr.Tab("Compare", id="compare-tab"):
+                compare = tab_compare.lay_out(engines, PLAIN)
+            with gr.Tab("Live", id="live-tab"):
+                live = tab_live.lay_out(PLAIN)
+            with gr.Tab("Profile", id="profile-tab"):
+                profile = tab_profile.lay_out(engines, PLAIN)
+            with gr.Tab("About", id="about-tab"):
+                about = gr.HTML(tab_about.render(engines.entries[first]), elem_id="about", **PLAIN)
+        _device(instruments)
+        tab_chat.connect(chat, tab_chat.Handlers(chat, engines, setting.shown, instruments), model, QUICK, QUEUED)
+        tab_compare.connect(compare, tab_compare.Handlers(compare, engines, instruments), session, QUICK, QUEUED)
+        tab_live.connect(live, tab_live.Handlers(engines, instruments), model, session)
+        profiling = tab_profile.Handlers(profile, engines, instruments, setting.folder, setting.backend, setting.opener)
+        tab_profile.connect(profile, profiling, session, QUICK, QUEUED)
+        Choice(engines, model, card, about, chat.notice).connect()
+        _welcome(blocks, people, session)
     blocks.queue(max_size=16, default_concurrency_limit=8, api_open=False)
     return blocks
 
 
-def _lay_out(engines: Engines, shown: tuple[examples.Example, ...], first: str) -> Widgets:
-    import gradio as gr
-
-    session = gr.State(None, time_to_live=86400, delete_callback=_forget)
-    plain: dict[str, Any] = {"apply_default_css": False, "elem_classes": "page-html"}
-    gr.HTML(page.HEADER, **plain)
-    model, card = _model_row(engines, first, plain)
-    with gr.Row():
-        with gr.Column(scale=5, min_width=300):
-            picture = gr.Image(
-                label="Image",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                buttons=["fullscreen"],
-                height=340,
-                elem_id="picture",
-                alt_text="The image your questions are about",
-                placeholder="Drop an image here\nor click to choose one",
-            )
-            image_notice = gr.HTML("", elem_id="image-notice", **plain)
-            cards = gr.HTML(
-                examples.render(shown),
-                js_on_load=page.EXAMPLES_JS,
-                visible=bool(shown),
-                elem_id="examples",
-                **plain,
-            )
-        with gr.Column(scale=7, min_width=300):
-            chat = gr.Chatbot(
-                label="Conversation",
-                show_label=False,
-                elem_id="chat",
-                height=560,
-                placeholder=page.CHAT_EMPTY,
-                buttons=[],
-                feedback_options=None,
-                layout="bubble",
-                render_markdown=False,
-                allow_tags=False,
-            )
-            notice = gr.HTML("", elem_id="notice", **plain)
-            question = gr.Textbox(
-                label="Question",
-                placeholder="What do you want to know about the image?",
-                max_length=LONGEST_QUESTION,
-                lines=1,
-                max_lines=4,
-                elem_id="question",
-            )
-            with gr.Row():
-                ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=80)
-                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=80)
-                new_chat = gr.Button("New chat", elem_id="new-chat", min_width=80)
-            with gr.Accordion("Answer settings", open=False, elem_id="settings"):
-                length = gr.Slider(1, 512, value=64, step=1, label="Longest answer (tokens)", elem_id="length")
-                temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 = always the likeliest token)")
-    return Widgets(
-        session,
-        model,
-        card,
-        picture,
-        cards,
-        chat,
-        question,
-        ask,
-        stop,
-        new_chat,
-        notice,
-        image_notice,
-        length,
-        temperature,
-    )
-
-
-def _model_row(engines: Engines, first: str, plain: dict[str, Any]) -> tuple[Any, Any]:
+def _model_row(engines: Engines, first: str) -> tuple[Any, Any]:
     import gradio as gr
 
     with gr.Row(elem_id="model-row"):
@@ -116,48 +117,35 @@ def _model_row(engines: Engines, first: str, plain: dict[str, Any]) -> tuple[Any
                 elem_id="model",
             )
         with gr.Column(scale=7, min_width=300):
-            card = gr.HTML(page.model_card(engines.entries[first], engines.info(first)), elem_id="card", **plain)
+            card = gr.HTML(page.model_card(engines.entries[first], engines.info(first)), elem_id="card", **PLAIN)
     return model, card
 
 
-def _connect(blocks: Any, w: Widgets, on: Handlers) -> None:
+def _device(instruments: Instruments) -> None:
+    """A card that is read anew every few seconds."""
     import gradio as gr
 
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    model: dict[str, Any] = {"concurrency_id": MODEL, "concurrency_limit": 1, "api_visibility": "private"}
-    blocks.load(on.open_page, None, [w.session], **quick)
-    # preprocess=False: the widget would decode the file itself and answer a bad one with a stack trace;
-    # that the path lies in the upload folder is checked either way
-    shown = [w.session, w.picture, w.image_notice, w.notice]
-    w.picture.upload(on.take_image, [w.picture, w.session], shown, preprocess=False, **quick)
-    w.picture.clear(on.drop_image, [w.session], shown, **quick)
+    def look() -> str:
+        return page.device_card(instruments.look())
 
-    def take_example(session: Session | None, event: Any) -> Updates:
-        return on.take_example(session, event.index)
+    card = gr.HTML(look(), elem_id="device", **PLAIN)
+    gr.Timer(DEVICE_EVERY_S).tick(look, None, [card], **QUICK)
+
+
+def _welcome(blocks: Any, people: People, session: Any) -> None:
+    """A session for every page that opens; what it runs and its files end with it."""
+    import gradio as gr
+
+    def enter(request: Any) -> Session:
+        return people.enter(str(request.session_hash))
+
+    def leave(request: Any) -> None:
+        people.leave(str(request.session_hash))
 
     # by this annotation Gradio knows what to pass; the name is not global, so it cannot be written above
-    take_example.__annotations__["event"] = gr.EventData
-    w.examples.click(take_example, [w.session], [*shown, w.question], **quick)
-    asked = [w.session, w.question, w.chat, w.ask, w.stop, w.notice]
-    gr.on(
-        [w.ask.click, w.question.submit], on.begin, [w.session, w.question], asked, trigger_mode="once", **quick
-    ).then(
-        on.answer,
-        [w.session, w.model, w.length, w.temperature],
-        [w.chat, w.notice],
-        show_progress="hidden",
-        **model,
-    ).then(on.end, [w.session], [w.chat, w.ask, w.stop], **quick)
-    w.stop.click(on.stop, [w.session], [w.stop], **quick)
-    for begin_again in (w.new_chat.click, w.chat.clear):
-        begin_again(on.new_chat, [w.session], [w.session, w.chat, w.notice], **quick)
-    w.model.change(on.stop, [w.session], [w.stop], **quick)
-    w.model.change(on.choose_model, [w.model], [w.card, w.notice], show_progress="hidden", **model)
-
-
-def _forget(session: Session | None) -> None:
-    if session is not None:
-        session.stop()
+    enter.__annotations__["request"] = leave.__annotations__["request"] = gr.Request
+    blocks.load(enter, None, [session], **QUICK)
+    blocks.unload(leave)
 
 
 def launch_options() -> dict[str, Any]:

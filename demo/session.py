@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from demo.camera import Feed
 from demo.catalogue import Entry
-from runtime.api import Done, EncodedImage, Event, Failed, Message, ModelInfo, Sampling
+from runtime.api import Done, EncodedImage, Event, Failed, Message, ModelInfo, Reuse, Sampling
 from runtime.engine import Engine
+from runtime.images import answer as answer_message
+from runtime.images import question as question_message
 from vlm.errors import UserError
 
 FRAME_S = 0.05  # more than 20 updates a second cost the browser and show a person nothing
 HEARTBEAT_S = 0.25  # how soon a closed tab is noticed while the model is silent
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image a person chose: as the engine gets it, as the chat shows it (HTML), and where the upload lies."""
+
+    image: EncodedImage
+    thumbnail: str
+    path: str
 
 
 @dataclass
@@ -24,36 +37,94 @@ class Session:
     """What belongs to one open page. Lives in the page's state, never in a global.
 
     Attributes:
-        thumbnail: the image as the chat shows it, HTML.
-        image_told: the chat already shows this image.
+        pictures: what the next question is about.
+        shown: the chat already shows these pictures.
+        given: the conversation the model gets already holds them.
         messages: the chat as the widget takes it.
+        turns: the conversation as the model takes it.
         question: what the next answer is for; "" when there is nothing to answer.
-        busy: a question waits for its answer or is being answered.
+        busy: a question waits for its answer or is being answered; `activity` says where, "" is the chat.
         cancel: ends the running answer. None until the first question.
+        files: uploads to delete when the page is left.
+        feed: the camera of the Live tab, while it is on.
     """
 
-    image: EncodedImage | None = None
-    thumbnail: str = ""
-    image_told: bool = False
+    pictures: tuple[Picture, ...] = ()
+    shown: bool = False
+    given: bool = False
     messages: list[dict[str, Any]] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
     question: str = ""
     busy: bool = False
+    activity: str = ""
     cancel: threading.Event | None = None
+    files: set[str] = field(default_factory=set)
+    feed: Feed | None = None
 
-    def show(self, image: EncodedImage, thumbnail: str) -> None:
-        """From now on questions are about this image."""
-        self.image, self.thumbnail, self.image_told = image, thumbnail, False
+    def show(self, pictures: Sequence[Picture]) -> None:
+        """From now on questions are about these images."""
+        self.pictures, self.shown, self.given = tuple(pictures), False, False
+
+    def asks(self, question: str, remember: bool) -> list[Message]:
+        """The conversation to send: all of it, or this question and its images alone.
+
+        Args:
+            remember: earlier questions and answers are part of it, so images told once are not sent again.
+        """
+        if remember and self.given:
+            return [*self.turns, question_message(question)]
+        asked = question_message(question, *(picture.image for picture in self.pictures))
+        return [*self.turns, asked] if remember else [asked]
+
+    def heard(self, asked: Sequence[Message], said: str) -> None:
+        """Keep a question and its answer for follow-ups; an empty answer leaves nothing to refer to."""
+        if said:
+            self.turns, self.given = [*asked, answer_message(said)], True
+
+    def forget(self) -> None:
+        """A new conversation about the same images."""
+        self.stop()
+        self.cancel, self.messages, self.turns, self.shown, self.given = None, [], [], False, False
 
     def stop(self) -> None:
         if self.cancel is not None:
             self.cancel.set()
 
 
+class People:
+    """The open pages by the web server's own name for them, so that a closed one can be cleaned up after."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+
+    def enter(self, name: str) -> Session:
+        return self._sessions.setdefault(name, Session())
+
+    def leave(self, name: str) -> None:
+        """The page is gone: end what it runs, delete its files (the same upload of two people is one file)."""
+        session = self._sessions.pop(name, None)
+        if session is None:
+            return
+        session.stop()
+        if session.feed is not None:
+            session.feed.close()
+        others = set[str]().union(*(other.files for other in self._sessions.values()))
+        for path in session.files - others:
+            with contextlib.suppress(OSError):
+                Path(path).unlink(missing_ok=True)
+        session.files.clear()
+
+
 class Engines:
-    """At most one model in memory: an edge board rarely has room for two."""
+    """At most one model in memory: an edge board rarely has room for two.
+
+    Attributes:
+        turn: held by whoever uses the model: an answer, one camera frame, a comparison, a profile. Served in order.
+    """
 
     def __init__(self, entries: Sequence[Entry], loader: Callable[[Path], Engine]) -> None:
         self.entries = {entry.key: entry for entry in entries}
+        self.turn = asyncio.Lock()
         self._loader = loader
         self._lock = threading.Lock()
         self._key = ""
@@ -66,14 +137,23 @@ class Engines:
         Raises:
             UserError: no such model on offer, or it cannot be loaded.
         """
-        if key not in self.entries:
-            raise UserError("this model is not on offer any more; reload the page")
+        self.entry(key)
         with self._lock:
             if self._engine is None or key != self._key:
                 self._free()
                 self._engine = self._loader(self.entries[key].path)
                 self._key, self._answers = key, 0
             return self._engine
+
+    def entry(self, key: str) -> Entry:
+        """What is known of a model.
+
+        Raises:
+            UserError: no such model on offer.
+        """
+        if key not in self.entries:
+            raise UserError("this model is not on offer any more; reload the page")
+        return self.entries[key]
 
     def holds(self, key: str) -> bool:
         return self._engine is not None and key == self._key
@@ -88,9 +168,12 @@ class Engines:
         self._answers += 1
         return self._answers == 1
 
-    def close(self) -> None:
+    def free(self) -> None:
+        """Hold no model, until the next `use`."""
         with self._lock:
             self._free()
+
+    close = free
 
     def _free(self) -> None:
         if self._engine is not None:
@@ -99,8 +182,8 @@ class Engines:
 
 
 async def batches(
-    engine: Engine, messages: Sequence[Message], sampling: Sampling, cancel: threading.Event
-) -> AsyncIterator[list[Event]]:
+    engine: Engine, messages: Sequence[Message], sampling: Sampling, cancel: threading.Event, reuse: Reuse = "all"
+) -> AsyncGenerator[list[Event], None]:
     """Events of one request, gathered into at most one batch per frame; the last batch ends with Done.
 
     A batch may be empty: the web server notices that a tab was closed only when it is given something.
@@ -109,17 +192,11 @@ async def batches(
     Raises:
         Exception: whatever the request failed with.
     """
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[Event | Failed] = asyncio.Queue()
-
-    def listen(event: Event | Failed) -> None:  # on the engine's thread
-        with contextlib.suppress(RuntimeError):  # the loop is gone: the server is shutting down
-            loop.call_soon_threadsafe(arrived.put_nowait, event)
-
-    engine.submit(messages, sampling, listener=listen, cancel=cancel)
+    inbox = _Inbox(asyncio.get_running_loop())
+    engine.submit(messages, sampling, listener=inbox.put, cancel=cancel, reuse=reuse)
     try:
         while True:
-            batch = await _gather(arrived)
+            batch = await inbox.gather()
             yield batch
             if batch and isinstance(batch[-1], Done):
                 return
@@ -127,19 +204,32 @@ async def batches(
         cancel.set()
 
 
-async def _gather(arrived: asyncio.Queue[Event | Failed]) -> list[Event]:
-    try:
-        first = await asyncio.wait_for(arrived.get(), HEARTBEAT_S)
-    except asyncio.TimeoutError:
-        return []
-    gathered = [first, *_drain(arrived)]
-    if not isinstance(gathered[-1], (Done, Failed)):
-        await asyncio.sleep(FRAME_S)
-        gathered += _drain(arrived)
-    if isinstance(gathered[-1], Failed):
-        raise gathered[-1].error
-    return [event for event in gathered if not isinstance(event, Failed)]
+class _Inbox:
+    """Events from the engine's thread; the loop is woken once per frame, not once per token."""
 
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: collections.deque[Event | Failed] = collections.deque()
+        self._arrived = asyncio.Event()
+        self._called = False
 
-def _drain(arrived: asyncio.Queue[Event | Failed]) -> list[Event | Failed]:
-    return [arrived.get_nowait() for _ in range(arrived.qsize())]
+    def put(self, event: Event | Failed) -> None:
+        """On the engine's thread."""
+        self._events.append(event)
+        if not self._called:
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # the loop is gone: the server is shutting down
+                self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def gather(self) -> list[Event]:
+        """What came since the last call, after at most HEARTBEAT_S."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), HEARTBEAT_S)
+        if self._events and not isinstance(self._events[-1], (Done, Failed)):
+            await asyncio.sleep(FRAME_S)
+        self._arrived.clear()
+        self._called = False  # before the events are taken: one that comes now calls again
+        gathered = [self._events.popleft() for _ in range(len(self._events))]
+        if gathered and isinstance(gathered[-1], Failed):
+            raise gathered[-1].error
+        return [event for event in gathered if not isinstance(event, Failed)]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from demo.instruments import Cost, Figure
 from runtime.api import STAGES, Done, Event, Finish, Stage
 from runtime.latency import Timing, timing
 
@@ -91,24 +92,25 @@ def milliseconds(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def render(view: Breakdown, model: str, first: bool = False) -> str:
+def render(view: Breakdown, model: str, first: bool = False, cost: Cost | None = None) -> str:
     """The breakdown as HTML: headline figures, a stacked bar, one label per stage, and the same as a table.
 
     Args:
         model: whose answer this is; escaped here.
         first: the first answer since the model was loaded, which pays for caches and lazy set-up.
+        cost: what the answer took of the machine; left out where nobody looked.
     """
     adds_up = f"stages add up to {milliseconds(view.sum_ms)} of {milliseconds(view.total_ms)} ms"
     remarks = [escape(model), adds_up, ENDS[view.finish], "first answer since loading" if first else ""]
     return (
         f'<section class="lat" aria-label="Latency breakdown" data-total-ms="{view.total_ms:.6f}"'
         f' data-finish="{view.finish}">'
-        f"{_headline(view)}{_bar(view)}{_labels(view)}{_table(view)}"
+        f"{_headline(view, cost)}{_bar(view)}{_labels(view)}{_table(view)}"
         f'<p class="lat-note">{" · ".join(filter(None, remarks))}</p></section>'
     )
 
 
-def _headline(view: Breakdown) -> str:
+def _headline(view: Breakdown, cost: Cost | None) -> str:
     figures = [
         ("total", _or_dash(view.total_ms), "ms", "End to end: from the request's arrival to the last piece of text"),
         ("first token", _or_dash(view.timing.ttft_ms), "ms", "TTFT: time to first token, image decoding included"),
@@ -119,17 +121,44 @@ def _headline(view: Breakdown) -> str:
             "TPOT: mean time per token after the first, up to the end of the answer",
         ),
         ("tokens/s", _or_dash(view.tokens_per_s), "", "Decode speed: the inverse of TPOT"),
-        ("tokens", str(view.timing.completion_tokens), "", "Generated tokens, the end mark included"),
+        (
+            "tokens",
+            _or_dash(view.timing.completion_tokens, "not counted", ".0f"),
+            "",
+            "Generated, the end mark included",
+        ),
+        ("from cache", cache_text(view.timing), "", "Prompt tokens and images that were not computed again"),
     ]
+    if cost is not None:
+        share = None if cost.mbu.value is None else 100 * cost.mbu.value
+        mbu = Figure(share, cost.mbu.reason)
+        meaning = f"Model bandwidth utilisation while decoding: {mbu.reason}"
+        figures.append(("MBU", _or_dash(mbu.value, mbu.reason, ".0f"), "" if share is None else "%", meaning))
+        unit = "" if cost.joules.value is None else "J"
+        meaning = f"Energy of this answer: {cost.joules.reason}"
+        figures.append(("energy", _or_dash(cost.joules.value, cost.joules.reason, ".3g"), unit, meaning))
     cells = "".join(
-        f'<div title="{escape(meaning)}"><dt>{name}</dt><dd>{value}{f"<span> {unit}</span>" if unit else ""}</dd></div>'
+        f'<div data-figure="{name}" title="{escape(meaning)}"><dt>{name}</dt><dd>{value}{f"<span> {unit}</span>" if unit else ""}</dd></div>'
         for name, value, unit, meaning in figures
     )
     return f'<dl class="lat-figures">{cells}</dl>'
 
 
-def _or_dash(value: float | None) -> str:
-    return '<abbr title="needs more tokens">n/a</abbr>' if value is None else milliseconds(value)
+def cache_text(timing: Timing) -> str:
+    """`17 of 40 tokens, 1 image`; "nothing" if all was computed."""
+    parts = []
+    if timing.cached_tokens:
+        parts.append(f"{timing.cached_tokens} of {timing.prompt_tokens} tokens")
+    if timing.cached_images:
+        parts.append(f"{timing.cached_images} image{'s' if timing.cached_images > 1 else ''}")
+    unknown = timing.cached_tokens is None
+    return ", ".join(parts) or (_or_dash(None, "the server does not say") if unknown else "nothing")
+
+
+def _or_dash(value: float | None, reason: str = "needs more tokens", form: str = "") -> str:
+    if value is None:
+        return f'<abbr title="{escape(reason)}">n/a</abbr>'
+    return format(value, form) if form else milliseconds(value)
 
 
 def _bar(view: Breakdown) -> str:

@@ -19,6 +19,9 @@ ARGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    # a camera that shows a moving picture, and nobody who must allow it
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 )
 PATIENCE_MS = 45_000  # an upper limit for a busy machine, not a measurement
 
@@ -47,23 +50,41 @@ def chromium() -> Iterator[Any]:
 class Visit:
     """One open page, and what a person does on it."""
 
-    def __init__(self, browser: Any, url: str, width: int = 1280, height: int = 900) -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": height})
+    def __init__(self, browser: Any, url: str, width: int = 1280, height: int = 900, **options: Any) -> None:
+        self.context = browser.new_context(
+            viewport={"width": width, "height": height}, permissions=["camera"], **options
+        )
+        self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE_MS)
         self.hosts: set[str] = set()
+        self.failed: list[str] = []
+        self.page.on("requestfailed", lambda request: self.failed.append(request.url))
         self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
         self.page.goto(url)
         self.page.locator("#ask").wait_for()
 
     def upload(self, name: str, data: bytes, mime: str = "image/png") -> None:
-        """Choose a file; returns when the page has taken or refused it."""
-        field = self.page.locator("#picture input[type=file]")
-        field.set_input_files({"name": name, "mimeType": mime, "buffer": data})
+        """Choose a file, as a person does; the page may refuse it."""
+        self.upload_all({"name": name, "mimeType": mime, "buffer": data})
+
+    def upload_all(self, *files: dict[str, Any]) -> None:
+        self.page.locator("#picture input[type=file]").set_input_files(list(files))
+
+    def clear_images(self) -> None:
+        self.page.locator("#picture button[aria-label=Clear]").click()
+        self.page.locator("#picture img").wait_for(state="detached")
 
     def show_image(self, name: str, data: bytes) -> None:
-        with self.page.expect_response(lambda response: "/run/predict" in response.url or "/api/" in response.url):
+        """Choose this image instead of those there are; returns when the server has looked at it."""
+        if self.page.locator("#picture img").count():
+            self.clear_images()
+        # the widget's change carries the file's name; the clock of the device card asks the same address
+        with self.page.expect_response(lambda reply: name in (reply.request.post_data or "")):
             self.upload(name, data)
-        self.page.locator("#picture img").wait_for()
+        self.page.locator("#picture img").first.wait_for()
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).click()
 
     def ask(self, question: str) -> None:
         self.page.locator("#question textarea").fill(question)
@@ -88,7 +109,7 @@ class Visit:
         return str(self.page.locator(f"{place} .notice").inner_text())
 
     def close(self) -> None:
-        self.page.close()
+        self.context.close()
 
 
 def stage_ms(breakdown: Any) -> dict[str, float]:

@@ -63,9 +63,10 @@ def test_without_the_password_there_is_no_page(serve: Serve) -> None:
 def test_a_path_that_was_not_uploaded_is_not_read(serve: Serve) -> None:
     url = serve()
     config = get(f"{url}/config")
-    upload = next(d["id"] for d in config["dependencies"] if any(event == "upload" for _, event in d["targets"]))
+    picture = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "picture")
+    change = next(d["id"] for d in config["dependencies"] if [picture, "change"] in d["targets"])
     file = {"path": str(Path(__file__).resolve()), "meta": {"_type": "gradio.FileData"}}
-    body = {"fn_index": upload, "session_hash": "someone", "data": [file, None]}
+    body = {"fn_index": change, "session_hash": "someone", "data": [[{"image": file, "caption": None}], None]}
     request = urllib.request.Request(
         f"{url}/gradio_api/run/predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

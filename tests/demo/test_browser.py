@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,10 +150,20 @@ def test_a_follow_up_is_about_the_same_image_until_another_comes(chromium: Any, 
     visit.show_image("red.png", other.getvalue())
     visit.ask("Third?")
     visit.wait_answered(3)
-    images = [
-        part for (message,) in served.watched["fake"].asked for part in message.content if not isinstance(part, str)
+    first, second, third = (
+        [(message.role, *message.content) for message in messages] for messages in served.watched["fake"].asked
+    )
+    assert [len(turns) for turns in (first, second, third)] == [1, 3, 5]  # a conversation, not single questions
+    assert second[0] == first[0]
+    assert second[1] == ("assistant", "7")
+    seen = [
+        [part.data for turn in turns for part in turn if isinstance(part, EncodedImage)]
+        for turns in (first, second, third)
     ]
-    assert [image.data for image in images if isinstance(image, EncodedImage)] == [png, png, other.getvalue()]
+    assert seen == [[png], [png], [png, other.getvalue()]]  # told once, and not again with every question
+    assert "from cache" in visit.page.locator("#chat .lat").nth(1).inner_text()
+    cached = visit.page.locator("#chat .lat").nth(1).locator("[data-figure='from cache'] dd").inner_text()
+    assert re.fullmatch(r"\d+ of \d+ tokens, 1 image", cached)
     assert visit.page.locator("#chat img.asked").count() == 2  # shown once per image, not once per question
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from demo.catalogue import Entry
-from demo.handlers import BUSY, NO_IMAGE, NO_QUESTION, TOO_MANY, Handlers, Widgets
-from demo.session import Engines, Session
+from demo.instruments import Instruments
+from demo.session import Engines, Picture, Session
+from demo.tab_chat import BUSY, NO_IMAGE, NO_QUESTION, TOO_MANY, Handlers, Widgets
 from runtime.api import EncodedImage
 from runtime.backend_fake import FakeBackend
 from runtime.engine import Engine
@@ -18,24 +19,26 @@ from vlm.errors import MissingPiece
 
 gr = pytest.importorskip("gradio")
 NAMES = Widgets.__dataclass_fields__
+BROKEN = Picture(EncodedImage(b"broken"), "<img>", "/broken.png")
+CONTROLS = (8, 0, 1, 0, 0, 1, None, "")  # as the page sends them
 W = Widgets(**{name: name for name in NAMES})  # handlers use widgets as keys only
 
 
 def handlers(loader: Any = None) -> Handlers:
     engines = Engines([Entry(Path("m"), "m", "onnx", "int8", 1, True)], loader or (lambda path: Engine(FakeBackend())))
-    return Handlers(W, engines, ())
+    return Handlers(W, engines, (), Instruments(Path("/nowhere")))
 
 
 def asked(question: str = "what ?") -> Session:
     session = Session()
-    session.show(EncodedImage(b"broken"), "<img>")
+    session.show([BROKEN])
     handlers().begin(session, question)
     return session
 
 
 def updates(on: Handlers, session: Session | None) -> list[dict[Any, Any]]:
     async def collect() -> list[dict[Any, Any]]:
-        return [update async for update in on.answer(session, "m", 8, 0)]
+        return [update async for update in on.answer(session, "m", True, *CONTROLS)]
 
     try:
         return asyncio.run(collect())
@@ -46,7 +49,7 @@ def updates(on: Handlers, session: Session | None) -> list[dict[Any, Any]]:
 def test_questions_that_cannot_be_answered_are_not_begun() -> None:
     on, session = handlers(), Session()
     assert NO_IMAGE in on.begin(session, "what ?")["notice"]
-    session.show(EncodedImage(b""), "")
+    session.show([BROKEN])
     assert NO_QUESTION in on.begin(session, "  \n ")["notice"]
     on.begin(session, "what ?")
     assert BUSY in on.begin(session, "again ?")["notice"]
@@ -83,12 +86,12 @@ def test_a_model_that_cannot_be_loaded_says_what_to_install() -> None:
 
 def test_words_are_escaped_and_an_image_is_told_once() -> None:
     on, session = handlers(), Session()
-    session.show(EncodedImage(b""), "<img>")
+    session.show([BROKEN])
     on.begin(session, "a < b ?")
     on.end(session)
     on.begin(session, "again ?")
     first, _, second = session.messages
-    assert first["content"][0]["value"] == "<img>"
+    assert "<img>" in first["content"][0]["value"]
     assert first["content"][1] == "a &lt; b ?"
     assert second["content"] == ["again ?"]
 
@@ -99,7 +102,7 @@ def test_a_new_chat_stops_the_answer_and_keeps_the_image() -> None:
     on.new_chat(session)
     assert cancel is not None
     assert cancel.is_set()
-    assert (session.messages, session.image is None) == ([], False)
+    assert (session.messages, session.turns, session.pictures) == ([], [], (BROKEN,))
 
 
 def test_a_session_that_expired_starts_over() -> None:
@@ -107,4 +110,4 @@ def test_a_session_that_expired_starts_over() -> None:
     assert NO_IMAGE in on.begin(None, "what ?")["notice"]
     on.stop(None)
     assert on.new_chat(None)[1:] == ([], "")
-    assert on.drop_image(None)["session"].image is None
+    assert on.take_images(None, None)["session"].pictures == ()

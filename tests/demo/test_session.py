@@ -79,7 +79,7 @@ def test_leaving_early_stops_the_engine() -> None:
         async for batch in stream:
             if any(isinstance(event, Token) for event in batch):
                 break
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
 
     cancel = threading.Event()
     with WatchedEngine(backend) as engine:

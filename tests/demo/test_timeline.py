@@ -7,19 +7,21 @@ import threading
 
 import pytest
 
-from demo.timeline import Breakdown, break_down, milliseconds, render
+from demo.instruments import Cost, Figure
+from demo.timeline import Breakdown, break_down, cache_text, milliseconds, render
 from runtime.api import STAGES, Done, EncodedImage, Event, Message, Sampling, Span, Token, Usage
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.clock import VirtualClock
 from runtime.engine import Engine
 from runtime.images import question
+from runtime.latency import Timing, timing
 
 MS = 1_000_000
 
 
 def answer(reply: str = "seven", **limits: int) -> list[Event]:
     clock = VirtualClock()
-    script = FakeScript(reply, 2 * MS, 5 * MS, 7 * MS, 3 * MS, clock=clock)
+    script = FakeScript(reply, prepare_ns=2 * MS, encode_ns=5 * MS, prefill_ns=7 * MS, step_ns=3 * MS, clock=clock)
     with Engine(FakeBackend(script), clock) as engine:
         return list(engine.generate([Message("user", ("hi",))], Sampling(**limits)))
 
@@ -92,7 +94,36 @@ def test_a_cached_stage_is_marked() -> None:
     spans = (Span("queue", 0, MS), Span("vision_encode", MS, 2 * MS, 16, cached=True))
     done = Done("stop", "", Usage(20, 16, 16, 1), 0, spans)
     html = render(break_down([Token(1, "", 2 * MS), done]), "m")
-    assert html.count("from cache") == 3  # bar, label, table
+    assert html.count(", from cache") == 2  # bar, label
+    assert "(from cache)" in html  # table
+
+
+def test_what_came_from_a_cache_is_said_in_numbers() -> None:
+    assert cache_text(timed(cached_tokens=17, cached_images=1)) == "17 of 20 tokens, 1 image"
+    assert cache_text(timed(cached_tokens=0, cached_images=2)) == "2 images"
+    assert cache_text(timed(cached_tokens=0, cached_images=0)) == "nothing"
+    assert "does not say" in cache_text(timed(cached_tokens=None, cached_images=None))
+
+
+def timed(cached_tokens: int | None, cached_images: int | None) -> Timing:
+    done = Done("stop", "", Usage(20, 16, cached_tokens, 1, cached_images), 0, (Span("queue", 0, MS),))
+    return timing([Token(1, "", MS), done])
+
+
+def test_what_was_not_measured_is_absent_and_says_why() -> None:
+    cost = Cost(Figure(None, "no bandwidth"), Figure(None, "no <meter>"))
+    html = render(break_down(answer()), "m", cost=cost)
+    assert figure(html, "MBU") == '<abbr title="no bandwidth">n/a</abbr>'
+    assert figure(html, "energy") == '<abbr title="no &lt;meter&gt;">n/a</abbr>'
+    measured = render(break_down(answer()), "m", cost=Cost(Figure(0.416, "x"), Figure(1.2345, "y")))
+    assert figure(measured, "MBU") == "42<span> %</span>"
+    assert figure(measured, "energy") == "1.23<span> J</span>"
+
+
+def figure(html: str, name: str) -> str:
+    found = re.search(rf'data-figure="{name}" title="[^"]*"><dt>{name}</dt><dd>(.*?)</dd>', html)
+    assert found is not None
+    return found[1]
 
 
 def test_an_unfinished_request_is_refused() -> None:
