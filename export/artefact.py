@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import resource
@@ -139,12 +140,13 @@ class Making:
         checkpoint = self.student.checkpoint
         if not self.run.auto_precision and not self.wants_ablation(storage):
             self.loaded = None  # measuring needs the runtime's memory, not PyTorch's
+            gc.collect()  # modules and their readers refer to each other
         return measure(checkpoint, self.evidence, self.root, manifest)
 
     def storage(self) -> to_onnx.Storage:
         """Precision with everything calibration has to say."""
         storage = plan_storage(self.run)
-        if storage.precision.preset == "fp32":
+        if not _needs_calibration(self.run, storage.precision):
             return storage
         note("calibrating on real images")
         self.calibration = observe(self.student, *calibration_prompts(self.student, self.run.calibration))
@@ -165,6 +167,12 @@ class Making:
             return []
         with tempfile.TemporaryDirectory(prefix=".ablation-", dir=self.root) as scratch:
             return ablate(self.student, self.evidence, self.root, manifest, storage, Path(scratch))
+
+
+def _needs_calibration(run: ExportOptions, precision: Precision) -> bool:
+    """Static ranges, overflow of float16, weighted rounding; plain blocks in float32 need none of it."""
+    half = any(KINDS[getattr(precision, part)].half for part in PARTS)
+    return half or precision.vision == "int8" or run.auto_precision or run.awq or run.algorithm == "search"
 
 
 def plan_storage(run: ExportOptions) -> to_onnx.Storage:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 
 from export.parity import STEPS, Case, Expected, Gate, compare_features, expect, is_tie
 from export.reference import TorchBackend, greedy_batch
-from export.replay import F32, Backend, Prompt, forced_logits, greedy, make_prompt
+from export.replay import F32, Backend, Prompt, greedy, make_prompt
 from export.student import Student
 from vlm import digits
 from vlm.chat import ChatTokenizer
@@ -21,7 +22,7 @@ from vlm.console import track
 from vlm.errors import UserError
 from vlm.load import Checkpoint
 from vlm.manifest import Golden
-from vlm.preprocess import open_image, pixels
+from vlm.preprocess import ImageSpec, open_image, pixels
 from vlm.score import bootstrap_interval, exact_match
 
 LIMIT = 24
@@ -30,6 +31,7 @@ GOLDEN = 4
 POSITIONS = 32
 TABLE_ROWS = 4096
 CALIBRATION_SEED = 11
+CALIBRATION_TOKENS = 4096
 DESCRIBE = "Describe the image."
 TOKEN_TEXTS = (
     "12 + 5 = 17",
@@ -77,26 +79,17 @@ def collect(student: Student, samples: int, seed: int, limit: int = LIMIT) -> Ev
     tokenizer = student.checkpoint.tokenizer
     stop = tokenizer.spec.eos_token_ids
     backend = TorchBackend(student)
-    shown = [digits.sample("test", index, seed=GOLDEN_SEED) for index in range(GOLDEN)]
-    asked = [make_prompt(tokenizer, s.image, s.question) for s in shown]
-    golden = tuple(
-        Golden(f"golden/{i}.png", s.question, greedy(backend, prompt, stop, limit))
-        for i, (s, prompt) in enumerate(zip(shown, asked, strict=True))
-    )
-    cases = (
-        *(Case(_name(i), prompt, greedy(backend, prompt, (), STEPS)) for i, prompt in enumerate(asked)),
-        Case("noise", *_noise_case(student, seed)),
-    )
-    expected = tuple(
-        expect(forced_logits(backend, c.prompt, c.forced), backend.features(c.prompt.image), c.forced) for c in cases
-    )
+    shown = [_golden_case(backend, i, prompt) for i, prompt in enumerate(golden_prompts(tokenizer))]
+    noise, noise_expected, positions = _noise_case(student, backend, seed)
     drawn = [digits.sample("test", index, seed=seed) for index in range(samples)]
     prompts = tuple(make_prompt(tokenizer, s.image, s.question) for s in drawn)
     return Evidence(
-        golden=golden,
-        cases=cases,
-        expected=expected,
-        positions=expect_positions(backend.prefill_all(cases[-1].prompt), expected[-1]),
+        golden=tuple(
+            Golden(f"golden/{i}.png", c.prompt.question, _until(c.forced, stop)) for i, (c, _) in enumerate(shown)
+        ),
+        cases=(*(case for case, _ in shown), noise),
+        expected=(*(expected for _, expected in shown), noise_expected),
+        positions=positions,
         table=_table(student),
         prompts=prompts,
         answers=tuple(greedy_batch(student, prompts, stop, limit)),
@@ -106,8 +99,26 @@ def collect(student: Student, samples: int, seed: int, limit: int = LIMIT) -> Ev
     )
 
 
-def _name(index: int) -> str:
-    return f"golden {index}" if index else "golden"
+def golden_prompts(tokenizer: ChatTokenizer) -> list[Prompt]:
+    """The images and questions every artefact carries."""
+    shown = (digits.sample("test", index, seed=GOLDEN_SEED) for index in range(GOLDEN))
+    return [make_prompt(tokenizer, s.image, s.question) for s in shown]
+
+
+def _golden_case(backend: TorchBackend, index: int, prompt: Prompt) -> tuple[Case, Expected]:
+    """One greedy run gives the tokens that are forced later and the logits they are held against."""
+    rows, forced = [backend.prefill(prompt)], []
+    for _ in range(STEPS):
+        forced.append(int(rows[-1].argmax()))
+        rows.append(backend.step(forced[-1]))
+    case = Case(f"golden {index}" if index else "golden", prompt, tuple(forced))
+    return case, expect(np.stack(rows), backend.features(prompt.image), forced)
+
+
+def _until(ids: Sequence[int], stop: Sequence[int]) -> tuple[int, ...]:
+    """Up to and including the first stop token."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))
+    return tuple(ids[:end])
 
 
 def _table(student: Student) -> tuple[npt.NDArray[np.int64], F32]:
@@ -129,19 +140,28 @@ def task_of(provenance: dict[str, Any]) -> str:
     return "digits" if name == "digits" else ""
 
 
-def _noise_case(student: Student, seed: int) -> tuple[Prompt, tuple[int, ...]]:
-    """A longer prompt over a random picture of another size, then random tokens: nothing the model has learned."""
+def _noise_case(
+    student: Student, backend: TorchBackend, seed: int
+) -> tuple[Case, Expected, tuple[npt.NDArray[np.int64], Expected]]:
+    """A longer prompt over a random picture of another size, then random tokens: nothing the model has learned.
+
+    Returns: the case, its logits, and logits at some prompt positions; all from one pass without a cache.
+    """
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (57, 91, 3), dtype=np.uint8))
     words = " ".join(digits.PLACES)
     tokenizer = student.checkpoint.tokenizer
     allowed = [i for i in range(tokenizer.tokenizer.get_vocab_size()) if i not in tokenizer.special_ids]
     forced = tuple(int(t) for t in rng.choice(allowed, STEPS))
-    return make_prompt(tokenizer, image, f"Describe {words} and everything in between, slowly."), forced
+    prompt = make_prompt(tokenizer, image, f"Describe {words} and everything in between, slowly.")
+    logits_PV = backend.prefill_all(dataclasses.replace(prompt, ids=(*prompt.ids, *forced)))
+    features = backend.features(image)
+    expected = expect(logits_PV[len(prompt.ids) - 1 :], features, forced)
+    return Case("noise", prompt, forced), expected, expect_positions(logits_PV[: len(prompt.ids)], expected)
 
 
-def pixel_parity(checkpoint: Checkpoint, evidence: Evidence) -> dict[str, float]:
-    """Our preprocessing against the checkpoint's own processor: largest difference on normalised pixels."""
+def pixel_parity(checkpoint: Checkpoint, evidence: Evidence, spec: ImageSpec) -> dict[str, float]:
+    """The artefact's preprocessing against the checkpoint's own processor: largest difference of normalised pixels."""
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(checkpoint.directory, local_files_only=True, backend="pil")
@@ -149,7 +169,7 @@ def pixel_parity(checkpoint: Checkpoint, evidence: Evidence) -> dict[str, float]
     worst = 0.0
     for image in images:
         theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0], np.float32)
-        ours = pixels(image, checkpoint.image)
+        ours = pixels(image, spec)
         worst = max(worst, float(np.abs(theirs - ours).max()) if theirs.shape == ours.shape else float("inf"))
     return {"images": len(images), "max": worst}
 
@@ -235,14 +255,18 @@ def load_reference(path: Path) -> list[Expected]:
 
 
 def calibration_prompts(
-    student: Student, folder: Path | None, count: int = 32
+    student: Student, folder: Path | None, count: int = 0
 ) -> tuple[list[Prompt], list[tuple[int, ...]]]:
     """Prompts with continuations to calibrate on: images of a folder, else training images of the digits task.
+
+    Args:
+        count: of prompts; 0 takes 4 to 32, fewer where an image has many tokens.
 
     Raises:
         UserError: the folder holds no image.
     """
     tokenizer = student.checkpoint.tokenizer
+    count = count or min(max(CALIBRATION_TOKENS // (student.checkpoint.image.tokens + 32), 4), 32)
     if folder is None:
         drawn = [digits.sample("train", index, seed=CALIBRATION_SEED) for index in range(count)]
         answers = [tuple(tokenizer.tokenizer.encode(s.answer, add_special_tokens=False).ids) for s in drawn]

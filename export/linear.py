@@ -307,8 +307,9 @@ class EmbedTokens(_Packed):
         if not self.block:
             return nn.functional.embedding(input_ids, self.weight).float()
         if self.recipe.flavour == "portable":
-            codes = self.weight[input_ids].float().reshape(*input_ids.shape, -1, self.block)
-            return (codes * self.scales[input_ids].float()[..., None]).reshape(*input_ids.shape, self.columns)
+            codes = gather(self.weight, input_ids).float().reshape(*input_ids.shape, -1, self.block)
+            scales = gather(self.scales, input_ids).float()[..., None]
+            return (codes * scales).reshape(*input_ids.shape, self.columns)
         rows = torch.onnx.ops.symbolic(
             "com.microsoft::GatherBlockQuantized",
             (self.weight, input_ids, self.scales),
@@ -318,3 +319,9 @@ class EmbedTokens(_Packed):
             version=1,
         )
         return rows.float()
+
+
+def gather(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of a table as one Gather; indexing in torch would copy the table into the graph."""
+    shape = (*ids.shape, *table.shape[1:])
+    return torch.onnx.ops.symbolic("Gather", (table, ids), {"axis": 0}, dtype=table.dtype, shape=shape, version=13)

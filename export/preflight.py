@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     largest = max(int(np.prod(shape)) for shape in shapes.values())
     stored = sum(path.stat().st_size for path in checkpoint.weights)
-    existing = next(p for p in [run.out.resolve(), *run.out.resolve().parents] if p.exists())
+    existing = next(p for p in run.out.resolve().parents if p.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(f"cannot write to {existing}; choose another folder with --out")
     free = shutil.disk_usage(existing).free
     peak = LIBRARIES_BYTES + stored + 4 * largest
     found = {

@@ -110,7 +110,10 @@ def open_student(checkpoint: Checkpoint) -> Student:
 
 
 def outline(checkpoint: Checkpoint) -> Student:
-    """A student whose weights are all zero and take no memory: enough to trace its graphs and count their bytes."""
+    """A student whose matrices have no values and take no memory: enough to trace its graphs and count their bytes.
+
+    Vectors are random, because equal constants would be written once.
+    """
     import torch
     from torch import nn
     from transformers import LlavaForConditionalGeneration
@@ -120,8 +123,11 @@ def outline(checkpoint: Checkpoint) -> Student:
         model = LlavaForConditionalGeneration(config).eval()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            hollow = torch.zeros((1,) * parameter.ndim).expand(parameter.shape)
-            setattr(module, name, nn.Parameter(hollow, requires_grad=False))
+            small = parameter.ndim < 2
+            values = (
+                torch.rand(parameter.shape) if small else torch.zeros((1,) * parameter.ndim).expand(parameter.shape)
+            )
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
     language = model.model.language_model
     language.rotary_emb = type(language.rotary_emb)(config=config.text_config)
     return Student(checkpoint, model, facts)

@@ -226,7 +226,9 @@ def stage_key(student: Student, options: Storage, graph: Graph) -> dict[str, Any
     return {
         "student": student.checkpoint.weights_sha256(),
         "graph": graph.stem,
-        "precision": options.precision.text(),
+        "precision": [
+            getattr(options.precision, p) for p in (graph.part, "head")[: 2 if graph.part == "decoder" else 1]
+        ],
         "options": [options.flavour, options.algorithm, sorted(options.wide)],
         "calibration": folds.hexdigest(),
         "code": code.hexdigest(),

@@ -8,84 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from export import to_gguf
 from vlm.manifest import read_manifest
-
-
-def _edit_onnx(root: Path, stem: str, change: Callable[[dict[str, Any]], None]) -> None:
-    """Load a graph with its weights as arrays by name, apply `change`, write it back in the same layout."""
-    import onnx
-    from onnx import numpy_helper
-
-    path = root / "onnx" / f"{stem}.onnx"
-    model = onnx.load(str(path))
-    weights = {t.name: numpy_helper.to_array(t).copy() for t in model.graph.initializer}
-    change(weights)
-    for tensor in model.graph.initializer:
-        tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
-    data = path.with_name(path.name + "_data")
-    data.unlink()
-    onnx.save(model, str(path), save_as_external_data=True, location=data.name, size_threshold=1024)
-
-
-def _swap_kv(w: dict[str, Any]) -> None:
-    w["layers.0.k.weight"], w["layers.0.v.weight"] = w["layers.0.v.weight"], w["layers.0.k.weight"]
-
-
-def _scale_q(w: dict[str, Any]) -> None:
-    w["layers.1.q.weight"] *= 1.02
-
-
-def _drop_block(w: dict[str, Any]) -> None:
-    for name in ("blocks.1.o.weight", "blocks.1.fc2.weight"):
-        w[name][:] = 0
-
-
-def _one_weight(w: dict[str, Any]) -> None:
-    w["layers.0.up.weight"][3, 5] += 3 * w["layers.0.up.weight"].std()
-
-
-def _rolled_positions(w: dict[str, Any]) -> None:
-    w["positions"][:] = np.roll(w["positions"], 1, axis=0)
-
-
-def _half_precision(w: dict[str, Any]) -> None:
-    w["layers.0.down.weight"] = w["layers.0.down.weight"].astype(np.float16).astype(np.float32)
-
-
-def _rope_base(w: dict[str, Any]) -> None:
-    w["inv_freq"] *= 1.01
-
-
-ONNX_FAULTS = {
-    "swapped keys and values": ("decoder_model_merged", _swap_kv),
-    "q scaled by 1.02": ("decoder_model_merged", _scale_q),
-    "dropped vision block": ("vision_encoder", _drop_block),
-    "one weight changed": ("decoder_model_merged", _one_weight),
-    "rolled vision positions": ("vision_encoder", _rolled_positions),
-    "one matrix in half precision": ("decoder_model_merged", _half_precision),
-    "other rope base": ("decoder_model_merged", _rope_base),
-}
-
-
-@pytest.mark.parametrize("fault", ONNX_FAULTS)
-def test_onnx_gate_catches(exported: Callable[..., Any], tmp_path: Path, fault: str) -> None:
-    made = exported("onnx", "fp32", "siglip", "qwen2")
-    root = made.copy_to(tmp_path / "broken")
-    _edit_onnx(root, *ONNX_FAULTS[fault])
-    manifest = made.measure_again(root)
-    assert not manifest.verified
-    assert any(line.startswith("golden") for line in manifest.parity["failures"]), manifest.parity["failures"]
-
-
-def test_rewriting_without_a_fault_passes(exported: Callable[..., Any], tmp_path: Path) -> None:
-    made = exported("onnx", "fp32", "siglip", "qwen2")
-    root = made.copy_to(tmp_path / "same")
-    _edit_onnx(root, "decoder_model_merged", lambda _: None)
-    assert made.measure_again(root).verified
 
 
 @pytest.mark.parametrize(("target", "precision"), [("onnx", "fp32"), ("tensorrt", "fp16")])

@@ -26,7 +26,7 @@ def test_onnx_equals_pytorch(exported: Callable[..., Any], tower: str, decoder: 
     assert manifest.verified
     assert manifest.parity["worst"]["prefill"] <= 3e-4
     assert manifest.parity["worst"]["top1"] == 1.0
-    assert set(manifest.parity["cases"]) == {"golden", "noise", "every_position", "batch_of_two"}
+    assert set(manifest.parity["cases"]) >= {"golden", "golden 3", "noise", "every_position", "batch_of_two"}
     assert manifest.accuracy["tokens_equal"] == 1.0
 
 

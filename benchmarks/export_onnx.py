@@ -1,0 +1,283 @@
+"""Seconds and peak memory of an ONNX export against torch.onnx.export of the same modules, each in its own process.
+
+The student has random weights at a realistic shape: a Qwen2.5-0.5B decoder (24 layers of 896, vocabulary 151,936, tied
+head) under a SigLIP-base tower (12 layers of 768, 224 pixels), stored in bfloat16: 581 million parameters. The plain side
+loads it in float32, fills the same three modules with their weights and calls torch.onnx.export; for int4 it then runs
+ONNX Runtime's MatMulNBitsQuantizer on the files. Ours also compares with PyTorch, which the plain side does not.
+
+    python -m benchmarks.export_onnx --precisions fp32,fp16,int4 --out benchmarks/results/export_onnx.json
+
+optimum-onnx needs an older transformers: name an interpreter that has it with --optimum-python; it exports the text
+decoder alone. Seconds are processor seconds, which a shared machine stretches less than the wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Result, finish, parser
+
+# random weights are chaotic: rounding them to 4 bits gives another function, and the gate rightly says so
+GATE_FAILED = (0, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: wall and processor seconds, peak resident bytes."""
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+def build_student(directory: Path, layers: int = 24, tower_layers: int = 12, vocabulary: int = 151936) -> int:
+    """Write the random student in bfloat16; returns its number of parameters."""
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+    from distill.assemble import END_OF_TEXT, IMAGE, TURN_END, Shape, build_processor, build_tokenizer, save_checkpoint
+    from vlm import digits
+
+    tokenizer = build_tokenizer(digits.texts())
+    end, pad, image = tokenizer.convert_tokens_to_ids([TURN_END, END_OF_TEXT, IMAGE])
+    text = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=896,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=768,
+        num_hidden_layers=tower_layers,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        image_size=224,
+        patch_size=16,
+        vision_use_head=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=image,
+        projector_hidden_act="gelu_pytorch_tanh",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=196,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():  # fresh weights give flat logits, on which every comparison passes
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "language_model.layers" in name:
+                parameter.mul_(2.0)
+    model.generation_config.eos_token_id = [end, pad]
+    model.generation_config.pad_token_id = pad
+    processor = build_processor(tokenizer, Shape(image_size=224, patch_size=16))
+    save_checkpoint(model, processor, directory, {"objective": "none", "licence": "Apache-2.0"})
+    return sum(p.numel() for p in model.parameters())
+
+
+def plain(student_directory: Path, out: Path, precision: str) -> None:
+    """torch.onnx.export as its manual shows it, on modules that hold all their weights."""
+    import torch
+
+    from export.declare import example_inputs
+    from export.hold import held_tensors
+    from export.precision import parse_precision
+    from export.student import Student, read_facts
+    from export.to_onnx import LIST_INPUTS, OPSET, Storage, graphs
+    from vlm.load import load_model, open_checkpoint
+
+    checkpoint = open_checkpoint(student_directory)
+    student = Student(checkpoint, load_model(checkpoint).requires_grad_(False), read_facts(checkpoint))
+    floats = "fp16" if precision == "fp16" else "fp32"
+    dynamic = torch.export.Dim.DYNAMIC
+    out.mkdir(parents=True, exist_ok=True)
+    for graph in graphs(student, Storage(parse_precision(floats))):
+        module = graph.build().eval()
+        for name, item in held_tensors(module).items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, torch.as_tensor(item.read()))
+        feed: dict[str, Any] = {}
+        shapes: dict[str, Any] = {}
+        examples = example_inputs(graph.spec, student)
+        for port in graph.spec.inputs:
+            axes = {i: dynamic for i, d in enumerate(port.dims) if isinstance(d, str)}
+            group = next((n for n in LIST_INPUTS if port.name.startswith(f"{n}.")), None)
+            if group is None:
+                feed[port.name], shapes[port.name] = examples[port.name], axes
+            else:
+                feed.setdefault(group, []).append(examples[port.name])
+                shapes.setdefault(group, []).append(axes)
+        with torch.no_grad():
+            program = torch.onnx.export(
+                module, (), kwargs=feed, dynamic_shapes=shapes, dynamo=True, opset_version=OPSET, verbose=False
+            )
+        path = out / f"{graph.stem}.onnx"
+        program.save(str(path), external_data=True)
+        del program, module
+        if precision == "int4":
+            _quantise_file(path)
+
+
+def _quantise_file(path: Path) -> None:
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(str(path)), block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(path.with_name(f"{path.stem}_q4.onnx")), use_external_data_format=True)
+    path.unlink()
+
+
+def measure(command: list[str], log: Path, allowed: tuple[int, ...] = (0,)) -> Run:
+    """Run a command and wait for it.
+
+    Args:
+        allowed: exit codes that mean the work was done.
+
+    Raises:
+        RuntimeError: it failed; the end of its output is in the message.
+    """
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    started = time.perf_counter()
+    with log.open("wb") as sink:
+        child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(child.pid, 0)
+    if os.waitstatus_to_exitcode(status) not in allowed:
+        raise RuntimeError(f"{' '.join(command[:6])} ...: {log.read_text()[-600:]}")
+    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def ours(student: Path, out: Path, precision: str, log: Path) -> Run:
+    command = [sys.executable, "-m", "export", "--target", "onnx", "--precision", precision, "--student", str(student)]
+    return measure([*command, "--out", str(out), "--samples", "0", "--no-ablation", "--json"], log, GATE_FAILED)
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--precisions", default="fp32,fp16,int4")
+    arguments.add_argument("--plain", default="fp32,int4", help="precisions of the plain side")
+    arguments.add_argument("--student", type=Path, help="a student made earlier with --keep-student")
+    arguments.add_argument("--keep-student", type=Path, help="write the student here and stop")
+    arguments.add_argument("--keep", type=Path, help="keep our artefacts under this folder")
+    arguments.add_argument("--optimum-python", help="interpreter with optimum-onnx")
+    arguments.add_argument(
+        "--side", nargs=3, metavar=("STUDENT", "OUT", "PRECISION"), help="run the plain side, internal"
+    )
+    given = arguments.parse_args()
+    if given.side:
+        plain(Path(given.side[0]), Path(given.side[1]), given.side[2])
+    elif given.keep_student:
+        print(build_student(given.keep_student), "parameters")
+    else:
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
+            _compare(given, Path(scratch))
+
+
+def parameters(student: Path) -> int:
+    """Stored numbers, from the headers."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in student.glob("*.safetensors"):
+        with safe_open(path, "np") as tensors:
+            names = tensors.keys()  # the handle itself cannot be iterated
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return count
+
+
+def _compare(given: Any, scratch: Path) -> None:
+    student = given.student or scratch / "student"
+    if not given.student:
+        build_student(student)
+    half_bytes = 2 * parameters(student)
+    rows: list[Result] = []
+    detail: dict[str, Any] = {}
+    for precision in given.precisions.split(","):
+        out = (given.keep or scratch) / f"ours-{precision}"
+        mine = ours(student, out, precision, scratch / "log")
+        size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+        if not given.keep:
+            shutil.rmtree(out)
+        verified = json.loads((out / "manifest.json").read_text())["verified"]
+        detail[precision] = {"ours": {**vars(mine), "bytes": size, "verified": verified}}
+        if not given.keep:
+            shutil.rmtree(out)
+        rows.append(_row(f"peak memory of {precision} per byte of fp16 weights", mine.peak, half_bytes, "bytes"))
+        print(precision, detail[precision], f"{mine.peak / half_bytes:.3f}", file=sys.stderr, flush=True)
+        if precision in given.plain.split(","):
+            command = [sys.executable, "-m", "benchmarks.export_onnx", "--side", str(student), str(scratch / "plain")]
+            theirs = measure([*command, precision], scratch / "log")
+            shutil.rmtree(scratch / "plain")
+            detail[precision]["plain"] = vars(theirs)
+            print(precision, "plain", vars(theirs), file=sys.stderr, flush=True)
+            rows.append(_row(f"processor seconds of {precision} against torch.onnx.export", mine.cpu, theirs.cpu, "s"))
+            rows.append(_row(f"peak memory of {precision} against torch.onnx.export", mine.peak, theirs.peak, "bytes"))
+    if given.optimum_python:
+        rows += _optimum(given.optimum_python, student, scratch, detail)
+    finish(rows, {"parameters": half_bytes // 2, "fp16_weight_bytes": half_bytes, "detail": detail}, given.out)
+
+
+def save_text_decoder(student: Path, directory: Path) -> None:
+    """The student's decoder as a plain Qwen2 checkpoint, for tools that know no LLaVA."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    from vlm.load import load_model, open_checkpoint
+
+    model = load_model(open_checkpoint(student), "bfloat16")
+    with torch.device("meta"):
+        text = Qwen2ForCausalLM(model.config.text_config)
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    text.generation_config = model.generation_config
+    text.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(student).save_pretrained(directory)
+
+
+def _optimum(python: str, student: Path, scratch: Path, detail: dict[str, Any]) -> list[Result]:
+    """optimum-onnx on the text decoder alone: it has no configuration for LLaVA."""
+    save_text_decoder(student, scratch / "text")
+    command = [python, "-m", "optimum.exporters.onnx", "--model", str(scratch / "text"), "--dtype", "fp32"]
+    options = ["--task", "text-generation-with-past", "--no-post-process"]
+    theirs = measure([*command, *options, str(scratch / "optimum")], scratch / "log")
+    detail["optimum-onnx, text decoder, fp32"] = vars(theirs)
+    mine = detail.get("fp32", {}).get("ours")
+    if mine is None:
+        return []
+    what = "of fp32, all three graphs, against optimum-onnx, text only"
+    return [
+        _row(f"processor seconds {what}", mine["cpu"], theirs.cpu, "s"),
+        _row(f"peak memory {what}", mine["peak"], theirs.peak, "bytes"),
+    ]
+
+
+def _row(name: str, a: float, b: float, unit: str) -> Result:
+    return Result(name, a / b, a, b, unit, 1, (a / b, a / b))
+
+
+if __name__ == "__main__":
+    main()

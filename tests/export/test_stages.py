@@ -1,0 +1,228 @@
+"""Long writes meet full disks, kills and read-only targets: nothing half-done verifies, and the next run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export import to_onnx
+from export.cli import main
+from export.parity import GATES
+from export.stages import Stages
+from export.verify import verify
+from vlm.errors import UserError
+from vlm.manifest import read_manifest
+
+QUICK = ["--target", "onnx", "--samples", "0", "--no-ablation"]
+
+
+def test_a_stage_is_made_once_and_again_when_its_key_or_its_files_change(tmp_path: Path) -> None:
+    calls = []
+
+    def make(folder: Path) -> list[tuple[Path, str]]:
+        calls.append(folder)
+        (folder / "onnx").mkdir(exist_ok=True, parents=True)
+        (folder / "onnx" / "a").write_text("content")
+        return [(folder / "onnx" / "a", "role")]
+
+    (tmp_path / "stages").mkdir()
+    stages = Stages(tmp_path / "stages")
+
+    def ask(key: Any, root: str) -> None:
+        files = stages.files("graph", key, tmp_path / root, make)
+        assert files == [(tmp_path / root / "onnx" / "a", "role")]
+        assert files[0][0].read_text() == "content"
+
+    ask({"k": 1}, "one")
+    ask({"k": 1}, "two")
+    assert len(calls) == 1
+    ask({"k": 2}, "three")
+    assert len(calls) == 2
+    kept = next((tmp_path / "stages").glob("graph-*/onnx/a"))
+    kept.unlink()
+    kept.write_text("damaged")
+    ask({"k": 2}, "four")
+    assert len(calls) == 3
+
+
+def test_full_disk_leaves_the_old_artefact_and_the_rerun_goes_on(
+    exported: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = exported("onnx", "fp32", "siglip", "llama")
+    out = made.copy_to(tmp_path / "out")
+    before = (out / "manifest.json").read_bytes()
+    real = to_onnx.save
+
+    def full(model: Any, path: Path) -> Any:
+        if path.stem.startswith("decoder"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(model, path)
+
+    command = [*QUICK, "--student", str(made.subject.directory), "--out", str(out)]
+    monkeypatch.setattr(to_onnx, "save", full)
+    with pytest.raises(UserError, match="disk full"):
+        main(command)
+    assert (out / "manifest.json").read_bytes() == before
+    assert sorted(p.name.rsplit("-", 1)[0] for p in (tmp_path / ".out.stages").iterdir()) == [
+        "embed_tokens",
+        "vision_encoder",
+    ]
+    monkeypatch.setattr(to_onnx, "save", real)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "vision_encoder: found finished" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [out]
+    assert verify(out)["verified"]
+
+
+KILL = """
+import os, signal, sys
+from export import to_onnx
+real = to_onnx.save
+def save(model, path):
+    if path.stem.startswith("embed"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(model, path)
+to_onnx.save = save
+from export.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_kill_during_a_write_publishes_nothing(subjects: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*QUICK, "--student", str(subjects("siglip", "llama").directory), "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", KILL, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists()
+    with pytest.raises(UserError, match="not an artefact"):
+        verify(out)
+    assert main(command) == 0
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("target", ["onnx", "gguf"])
+def test_read_only_target_is_refused_before_any_work(
+    subjects: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # what a read-only mount answers, also to root
+    command = ["--target", target, "--student", str(subjects("siglip", "llama").directory)]
+    with pytest.raises(UserError, match="cannot write"):
+        main([*command, "--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_small_a_disk_is_refused_before_any_work(
+    subjects: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    command = ["--target", "onnx", "--student", str(subjects("siglip", "llama").directory)]
+    with pytest.raises(UserError, match="1000 are free"):
+        main([*command, "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_dry_run_prints_the_files_and_sizes_of_the_real_run(
+    exported: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    made = exported("onnx", precision, "siglip", {"fp16": "llama", "int4": "qwen2"}[precision])
+    command = [*QUICK, "--precision", precision, "--student", str(made.subject.directory), "--out", str(tmp_path / "o")]
+    assert main([*command, "--dry-run", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(tmp_path.iterdir()) == []
+    real = {entry.path: entry.bytes for entry in made.manifest.files}
+    said = {entry["path"]: entry["bytes"] for entry in answer["files"]}
+    assert set(said) == set(real) | {"README.md", "manifest.json"}
+    for path, size in real.items():  # a random student's equal norms are written once, some kilobytes less
+        assert said[path] == pytest.approx(size, rel=0.05, abs=6000), path
+    assert answer["bytes"] == pytest.approx(sum(real.values()) + said["README.md"] + said["manifest.json"], rel=0.05)
+    assert answer["seconds"] > 0
+    assert answer["peak_rss_bytes"] > 0
+
+
+def test_deep_students_are_estimated_from_two_shallow_traces(tmp_path: Path) -> None:
+    """Six layers against their full trace."""
+    from export.dry_run import _count, _graph_files
+    from export.precision import parse_precision
+    from export.student import outline
+    from tests.tiny import make_student
+    from vlm.load import open_checkpoint
+
+    checkpoint = open_checkpoint(make_student(tmp_path / "deep", layers=6, hidden=64, head_dim=16, intermediate=64))
+    storage = to_onnx.Storage(parse_precision("int4"), "ort")
+    quick, full = _graph_files(checkpoint, storage, 2), _count(outline(checkpoint), storage, 2)
+    assert quick.keys() == full.keys()
+    for path, size in full.items():
+        assert quick[path] == pytest.approx(size, rel=0.02)
+
+
+def test_auto_precision_raises_the_part_that_fails(
+    subjects: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = dataclasses.replace(GATES["onnx", "int4"], cosine=0.99999)
+    monkeypatch.setitem(GATES, ("onnx", "int4"), strict)
+    out = tmp_path / "out"
+    command = [*QUICK, "--precision", "fp32,vision=int4", "--auto-precision", "--out", str(out)]
+    assert main([*command, "--student", str(subjects("siglip", "llama").directory)]) == 0
+    manifest = read_manifest(out)
+    assert manifest.verified
+    assert manifest.parity["auto_precision"] == ["fp32,vision=int8"]
+    assert manifest.precision["vision_encoder"]["type"] == "int8"
+    assert [p.name for p in (out / "onnx").glob("vision*.onnx")] == ["vision_encoder_int8.onnx"]
+    assert "int8" in (out / "README.md").read_text()
+
+
+def test_weights_above_two_gigabytes_are_written_and_read(subjects: Callable[..., Any], tmp_path: Path) -> None:
+    """A protobuf ends at 2 GB; external data does not. The values are zeros, so memory stays small."""
+    import shutil
+
+    from torch import Tensor, nn, uint8
+
+    from export.declare import BATCH, NEW, GraphSpec, Port
+    from export.hold import hold
+    from export.linear import gather
+    from export.ort import session
+    from export.to_onnx import save, trace
+
+    if shutil.disk_usage(tmp_path).free < 4e9:
+        pytest.skip("needs 4 GB of disk")
+    rows, width = 2200, 1_000_000
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            hold(self, "weight", (rows, width), uint8, lambda: np.zeros((rows, width), np.uint8))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return gather(self.weight, input_ids).float()
+
+    spec = GraphSpec(
+        (Port("input_ids", "int64", (BATCH, NEW)),), (Port("inputs_embeds", "float32", (BATCH, NEW, width)),)
+    )
+    path = tmp_path / "big.onnx"
+    save(trace(Table(), spec, subjects("siglip", "llama").student), path)
+    assert (tmp_path / "big.onnx_data").stat().st_size == rows * width > 2**31
+    (got,) = session(path).run(None, {"input_ids": np.array([[rows - 1]], np.int64)})
+    assert got.shape == (1, 1, width)
+    (tmp_path / "big.onnx_data").unlink()
