@@ -38,6 +38,10 @@ def make_pair(folder: Path, args: argparse.Namespace) -> None:
     for name, seed in (("student", 0), ("teacher", 1)):
         size, layers = getattr(args, name), getattr(args, f"{name}_layers")
         model: Any = distill_step.build(size, layers, args.vocabulary, seed, "cpu", torch.float32)
+        if args.vision_layers:
+            encoder = model.model.vision_tower.encoder
+            encoder.layers = encoder.layers[: args.vision_layers]
+            model.config.vision_config.num_hidden_layers = args.vision_layers
         # fresh weights give nearly flat logits, under which any two losses agree
         with torch.no_grad():
             model.lm_head.weight.mul_(4)
@@ -117,6 +121,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--teacher", default="0.5B", choices=distill_step.SIZES)
     made.add_argument("--student-layers", type=int, default=2)
     made.add_argument("--teacher-layers", type=int, default=4)
+    made.add_argument("--vision-layers", type=int, default=0, help="of both towers; 0 keeps all 12")
     made.add_argument("--vocabulary", type=int, default=151936)
     made.add_argument("--batch", type=int, default=2)
     made.add_argument("--response", type=int, default=64)
