@@ -1,4 +1,4 @@
-"""`python -m runtime`: ask, profile, compare, eval, doctor."""
+"""`python -m runtime`: ask, serve, profile, compare, eval, doctor."""
 
 from runtime.cli import main
 from vlm.console import run_command
