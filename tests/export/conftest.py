@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from export.artefact import build
+from export.artefact import Making
 from export.evidence import Evidence, collect
 from export.measure import measure
 from export.options import ExportOptions
+from export.stages import Stages
 from export.student import Student, open_student
 from tests.tiny import make_student
 from vlm.load import open_checkpoint
@@ -84,10 +85,9 @@ def exported(subjects: Callable[..., Subject], tmp_path_factory: pytest.TempPath
             subject = subjects(tower, decoder, **sizes)
             root = tmp_path_factory.mktemp("artefacts") / f"{tower}-{decoder}-{target}-{precision}"
             root.mkdir()
-            run = ExportOptions(target, subject.directory, root, precision, SAMPLES)
-            manifest = measure(
-                subject.student.checkpoint, subject.evidence, root, build(subject.student, subject.evidence, run, root)
-            )
+            ablation = False if target == "onnx" else None
+            run = ExportOptions(target, subject.directory, root, precision, SAMPLES, ablation=ablation)
+            manifest = Making(subject.student, subject.evidence, run, root, Stages(None)).finish()
             write_manifest(root, manifest)
             made[key] = Exported(root, subject, manifest)
         return made[key]
