@@ -62,6 +62,7 @@ def test_gold_states_are_those_of_padded_rows(pair: Pair, pad_left: bool) -> Non
 @pytest.mark.parametrize("layout", ["cached", "appended"])
 def test_terms_and_gradients_are_those_of_padded_rows(pair: Pair, layout: str) -> None:
     batch = pair.batch()
+    pair.student.zero_grad()
     found = []
     for packing in (False, True):
         align = Align(packing=packing, layout=layout)  # type: ignore[arg-type]
