@@ -107,7 +107,7 @@ def results(reports: dict[str, list[dict[str, Any]]]) -> list[Result]:
         clock = "processor_seconds"
         rows.append(compare(f"step time: ours / {side}", of("ours", clock), of(side, clock), "cpu s"))
         rows.append(compare(f"peak memory of the process: ours / {side}", memory("ours", ""), memory(side, ""), "GiB"))
-        growth = f"peak memory over the loaded models: ours / {side}"
+        growth = f"growth of memory since before the first step: ours / {side}"
         rows.append(compare(growth, memory("ours", "before"), memory(side, "before"), "GiB"))
     return rows
 
