@@ -35,6 +35,7 @@ from vlm.manifest import Manifest, file_entry, write_manifest
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "optimum", "gguf", "llama-cpp-python", "numpy")
 ABLATION_PARAMETERS = 50_000_000
+PEAK_PROMPTS = 4  # enough to see activations that leave float16
 Files = list[tuple[Path, str]]
 
 
@@ -149,7 +150,9 @@ class Making:
         if not _needs_calibration(self.run, storage.precision):
             return storage
         note("calibrating on real images")
-        self.calibration = observe(self.student, *calibration_prompts(self.student, self.run.calibration))
+        ranges = storage.precision.vision == "int8" or self.run.awq or self.run.algorithm == "search"
+        count = 0 if ranges or self.run.auto_precision else PEAK_PROMPTS
+        self.calibration = observe(self.student, *calibration_prompts(self.student, self.run.calibration, count))
         if self.run.awq:
             parts = [p for p in PARTS if p != "embed" and KINDS[getattr(storage.precision, p)].bits == 4]
             self.loaded = fold_scales(self.student, self.calibration, 4, parts)

@@ -67,32 +67,8 @@ def fill(model: Any, module: nn.Module) -> None:
             _reader(item, element), dtype=element, shape=value.const_value.shape, name=name
         )
         value.dtype = element
-    for name in list(waiting):
-        value = _widened(model, module.get_buffer(name))
-        if value is not None:
-            value.const_value = ir.LazyTensor(
-                _reader(waiting.pop(name), ir.DataType.FLOAT),
-                dtype=ir.DataType.FLOAT,
-                shape=value.shape,
-                name=value.name,
-            )
     if waiting:
         raise RuntimeError(f"the traced graph lost the weights {sorted(waiting)[:3]}")
-
-
-def _widened(model: Any, placeholder: Tensor) -> Any:
-    """The float32 initializer a small 16-bit placeholder became: the exporter computes casts of small constants itself."""
-    import numpy as np
-    import onnx_ir as ir
-
-    wanted = float(placeholder.flatten()[0])
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.LazyTensor) or tensor.dtype != ir.DataType.FLOAT:
-            continue
-        if tuple(tensor.shape) == tuple(placeholder.shape) and bool(np.all(tensor.numpy() == wanted)):
-            return value
-    return None
 
 
 def _reader(item: Held, element: Any) -> Callable[[], Any]:
@@ -102,8 +78,6 @@ def _reader(item: Held, element: Any) -> Callable[[], Any]:
     def read() -> Any:
         values = item.read()
         array = values.detach().numpy() if isinstance(values, Tensor) else values
-        if element == ir.DataType.FLOAT:
-            array = np.asarray(array, dtype=np.float32)
         return ir.Tensor(np.ascontiguousarray(array), dtype=element)
 
     return read

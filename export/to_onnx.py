@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,9 @@ class Storage:
 def trace(module: nn.Module, spec: GraphSpec, student: Student, opset: int = OPSET) -> Any:
     """torch module -> onnx_ir model with the names and symbolic shapes of `spec`; its matrices are read when saved."""
     import torch
+    from onnxscript.optimizer import optimize_ir
 
-    from export.hold import fill
+    from export.hold import fill, held_tensors
 
     examples = example_inputs(spec, student)
     dynamic = torch.export.Dim.DYNAMIC
@@ -70,11 +71,25 @@ def trace(module: nn.Module, spec: GraphSpec, student: Student, opset: int = OPS
             shapes.setdefault(name, []).append(axes[port.name])
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module.eval(), (), kwargs=feed, dynamic_shapes=shapes, dynamo=True, opset_version=opset, verbose=False
+            module.eval(),
+            (),
+            kwargs=feed,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
         )
+        waiting = held_tensors(module)
+        # a small placeholder must not be folded into a constant before its values are there
+        optimize_ir(program.model, should_fold=lambda node: False if _reads(node, waiting) else None)
     _rename(program.model, spec)
     fill(program.model, module)
     return program.model
+
+
+def _reads(node: Any, names: Container[str]) -> bool:
+    return any(value is not None and value.name in names for value in node.inputs)
 
 
 @contextlib.contextmanager
