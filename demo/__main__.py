@@ -19,7 +19,7 @@ from demo.session import Engines
 from vlm.console import Parser, note, run_command
 from vlm.errors import MissingPiece, ToolError, UserError
 
-SILENT_MS = 600
+SILENT_MS = 300
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,8 @@ def launch_options() -> dict[str, Any]:
         "ssr_mode": False,
         "mcp_server": False,
         "strict_cors": True,
+        # its only use: without it, launching fails when the page takes longer than 3 s to come, as on a busy board
+        "_frontend": False,
         "theme": _theme(),
         "css": page.CSS.read_text(),
     }

@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from demo.catalogue import Entry
+from demo.instruments import Instruments
+from demo.session import Engines
+from runtime.backend_fake import FakeBackend
+from tests.demo.conftest import GatedBackend, WatchedEngine
+
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 ARGS = (
     "--no-sandbox",
@@ -23,7 +29,7 @@ ARGS = (
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 )
-PATIENCE_MS = 45_000  # an upper limit for a busy machine, not a measurement
+PATIENCE_MS = 120_000  # an upper limit for a busy machine, not a measurement
 
 
 def missing() -> str:
@@ -86,6 +92,13 @@ class Visit:
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()
 
+    def set_length(self, tokens: int) -> None:
+        """The longest answer the model may give."""
+        self.page.get_by_role("button", name="Answer settings").click()
+        field = self.page.locator("#length input[type=number]")
+        field.fill(str(tokens))
+        field.press("Tab")
+
     def ask(self, question: str) -> None:
         self.page.locator("#question textarea").fill(question)
         self.page.locator("#ask").click()
@@ -110,6 +123,59 @@ class Visit:
 
     def close(self) -> None:
         self.context.close()
+
+
+class Served:
+    """A served page over scripted models, and the models to look into."""
+
+    def __init__(self, options: dict[str, Any] | None = None, **scripts: FakeBackend) -> None:
+        self.backends = scripts
+        self.watched: dict[str, WatchedEngine] = {}
+        self.loads: list[tuple[str, list[str]]] = []
+        entries = [Entry(Path(name), name, "onnx", "int8", 1_000_000, name != "doubtful") for name in scripts]
+        self._serve(Engines(entries, self._load), **(options or {}))
+
+    @staticmethod
+    def over(engines: Engines) -> Served:
+        """The same page over real models."""
+        served = Served.__new__(Served)
+        served.backends = {}
+        served._serve(engines)
+        return served
+
+    def _serve(self, engines: Engines, **options: Any) -> None:
+        from demo import app
+        from demo.__main__ import free_port
+
+        self.engines = engines
+        options.setdefault("instruments", Instruments(Path("/nowhere")))
+        self.blocks = app.build(engines, app.Setting(**options))
+        _, self.url, _ = self.blocks.launch(
+            server_name="127.0.0.1", server_port=free_port("127.0.0.1"), **app.launch_options()
+        )
+
+    def _load(self, path: Path) -> WatchedEngine:
+        """Also notes which models were in memory at that moment."""
+        held = [name for name in self.watched if not self.backends[name].closed]
+        self.loads.append((path.name, held))
+        self.backends[path.name].closed = False  # a fake can be loaded again
+        self.watched[path.name] = WatchedEngine(self.backends[path.name])
+        return self.watched[path.name]
+
+    def close(self) -> None:
+        for backend in self.backends.values():
+            if isinstance(backend, GatedBackend):
+                backend.let(10_000)
+        self.blocks.close(verbose=False)
+        self.engines.close()
+
+
+def open_page(visits: list[Any], browser: Any, **scripts: FakeBackend) -> tuple[Served, Visit]:
+    served = Served(**scripts)
+    visits.append(served)
+    visit = Visit(browser, served.url)
+    visits.append(visit)
+    return served, visit
 
 
 def stage_ms(breakdown: Any) -> dict[str, float]:

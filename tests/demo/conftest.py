@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtime.api import Logits, Message, Sampling
+from runtime.api import Done, Event, Failed, Logits, Message, Sampling
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.engine import Engine, Listener
 from tests.tiny import make_student
@@ -27,6 +27,24 @@ def png() -> bytes:
 @pytest.fixture(scope="session")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_student(tmp_path_factory.mktemp("runs") / "tiny" / "student")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """One browser for all tests; every test opens windows of its own in it."""
+    from tests.demo import browser
+
+    with browser.chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def visits() -> Iterator[list[Any]]:
+    """What a test opens is put here, and closed at its end, the last first."""
+    opened: list[Any] = []
+    yield opened
+    for thing in reversed(opened):
+        thing.close()
 
 
 class GatedBackend(FakeBackend):
@@ -47,12 +65,15 @@ class GatedBackend(FakeBackend):
 
 
 class WatchedEngine(Engine):
-    """Keeps what each request was and how it can be cancelled."""
+    """Keeps what each request was, how it can be cancelled, and what the engine said of it."""
 
     def __init__(self, backend: FakeBackend) -> None:
         super().__init__(backend)
         self.asked: list[tuple[Message, ...]] = []
         self.cancels: list[threading.Event] = []
+        self.samplings: list[Sampling | None] = []
+        self.events: list[list[Event | Failed]] = []
+        self.ended: list[threading.Event] = []
 
     def submit(
         self,
@@ -63,7 +84,19 @@ class WatchedEngine(Engine):
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> None:
-        assert cancel is not None
+        cancel = cancel or threading.Event()
         self.asked.append(tuple(messages))
         self.cancels.append(cancel)
-        super().submit(messages, sampling, listener=listener, cancel=cancel, **options)
+        self.samplings.append(sampling)
+        said: list[Event | Failed] = []
+        ended = threading.Event()
+        self.events.append(said)
+        self.ended.append(ended)
+
+        def listen(event: Event | Failed) -> None:
+            said.append(event)
+            listener(event)
+            if isinstance(event, (Done, Failed)):
+                ended.set()
+
+        super().submit(messages, sampling, listener=listen, cancel=cancel, **options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ def serve() -> Iterator[Serve]:
         _, url, _ = blocks.launch(server_name="127.0.0.1", server_port=port, **app.launch_options(), **options)
         return url.rstrip("/")
 
+    start.opened = opened  # type: ignore[attr-defined]
     yield start
     for thing in reversed(opened):
         thing.close()
@@ -74,3 +77,19 @@ def test_a_path_that_was_not_uploaded_is_not_read(serve: Serve) -> None:
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code >= 400
     assert str(Path(__file__).parent) not in refused.value.read().decode()
+
+
+def test_connections_give_up_on_a_cut_network(serve: Serve) -> None:
+    """Whether the kernel then ends them is the kernel's business; here, that accepted ones are told to."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is None:
+        pytest.skip("this system has no TCP_USER_TIMEOUT")
+    from demo.__main__ import SILENT_MS, give_up_on_silent_peers
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        give_up_on_silent_peers(SimpleNamespace(servers=[SimpleNamespace(sockets=[listening])]))
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, option) == SILENT_MS
+    url = serve()
+    give_up_on_silent_peers(serve.opened[-1].server)  # type: ignore[attr-defined]
+    assert get(f"{url}/config")["analytics_enabled"] is False  # it still serves

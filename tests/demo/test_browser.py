@@ -17,78 +17,17 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from demo.catalogue import Entry, named
+from demo.catalogue import named
 from demo.session import Engines
 from runtime import load
 from runtime.api import STAGES, EncodedImage
 from runtime.backend_fake import FakeBackend, FakeScript
 from tests.demo import browser as chrome
-from tests.demo.browser import Visit, stage_ms, total_ms
-from tests.demo.conftest import GatedBackend, WatchedEngine
+from tests.demo.browser import Served, Visit, open_page, stage_ms, total_ms
+from tests.demo.conftest import GatedBackend
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(chrome.missing()), reason=chrome.missing() or "present")]
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with chrome.chromium() as browser:
-        yield browser
-
-
-class Served:
-    """A served page over scripted models, and the models to look into."""
-
-    def __init__(self, **scripts: FakeBackend) -> None:
-        self.backends = scripts
-        self.watched: dict[str, WatchedEngine] = {}
-        entries = [Entry(Path(name), name, "onnx", "int8", 1_000_000, name != "doubtful") for name in scripts]
-        self._serve(Engines(entries, self._load))
-
-    @staticmethod
-    def over(engines: Engines) -> Served:
-        """The same page over real models."""
-        served = Served.__new__(Served)
-        served.backends = {}
-        served._serve(engines)
-        return served
-
-    def _serve(self, engines: Engines) -> None:
-        from demo import app
-        from demo.__main__ import free_port
-
-        self.engines = engines
-        self.blocks = app.build(engines)
-        _, self.url, _ = self.blocks.launch(
-            server_name="127.0.0.1", server_port=free_port("127.0.0.1"), **app.launch_options()
-        )
-
-    def _load(self, path: Path) -> WatchedEngine:
-        self.watched[path.name] = WatchedEngine(self.backends[path.name])
-        return self.watched[path.name]
-
-    def close(self) -> None:
-        for backend in self.backends.values():
-            if isinstance(backend, GatedBackend):
-                backend.let(10_000)
-        self.blocks.close(verbose=False)
-        self.engines.close()
-
-
-@pytest.fixture
-def visits(chromium: Any) -> Iterator[list[Any]]:
-    opened: list[Any] = []
-    yield opened
-    for thing in reversed(opened):
-        thing.close()
-
-
-def open_page(visits: list[Any], chromium: Any, **scripts: FakeBackend) -> tuple[Served, Visit]:
-    served = Served(**scripts)
-    visits.append(served)
-    visit = Visit(chromium, served.url)
-    visits.append(visit)
-    return served, visit
 
 
 def test_text_appears_while_the_model_still_works(chromium: Any, visits: list[Any], png: bytes) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from demo import catalogue, page
+from demo import catalogue, page, tab_about
 from vlm.errors import UserError
 from vlm.manifest import FileEntry, Manifest, write_manifest
 
@@ -106,3 +106,29 @@ def test_precision_text(precision: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (1_999, "2.0 kB"), (8_388_608, "8.4 MB"), (2**31, "2.1 GB")])
 def test_size_text(size: int, text: str) -> None:
     assert catalogue.size_text(size) == text
+
+
+def test_the_model_card_tells_all_the_manifest_knows_and_says_what_it_does_not(tmp_path: Path) -> None:
+    root = make_artefact(
+        tmp_path / "small",
+        verified=True,
+        source={"student_sha256": "abc123", "data": {"name": "digits"}, "licence": "<b>Apache</b>"},
+        parity={"worst": {"prefill": 1.5e-5}, "gate": {"prefill": 3e-4}},
+        accuracy={"task": "digits", "n": 200, "before": 0.95, "after": 0.945, "after_interval": [0.91, 0.97]},
+    )
+    card = tab_about.render(catalogue.describe(root))
+    for text in ("abc123", "name digits", "1.5e-05", "0.0003", "n = 200", "0.945", "0.91 to 0.97", "1.5 MB", "a.onnx"):
+        assert text in card, text
+    assert "<b>Apache" not in card
+    assert '<th scope="row">teacher</th><td>–</td>' in card
+    empty = tab_about.render(catalogue.describe(make_artefact(tmp_path / "bare")))
+    assert empty.count("Not recorded.") == 2  # parity and accuracy
+    assert "NO: not every gate held" in empty
+
+
+def test_a_model_card_of_a_checkpoint_and_of_nothing(student: Path, tmp_path: Path) -> None:
+    entry = catalogue.describe(student)
+    assert "PyTorch checkpoint" in tab_about.render(entry)
+    damaged = dataclasses.replace(entry, path=make_artefact(tmp_path / "x"))
+    (damaged.path / "manifest.json").write_text("{")
+    assert "is damaged" in tab_about.render(damaged)

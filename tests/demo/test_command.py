@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.__main__ import main
+from demo.__main__ import _options, _parser, main
 from vlm.console import run_command
 
 
@@ -27,6 +27,22 @@ def test_other_machines_need_a_login(capsys: pytest.CaptureFixture[str], host: s
 
 def test_a_public_link_needs_a_login(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--auth user:password" in refused(capsys, "--share")
+
+
+def test_an_open_door_must_be_asked_for_and_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--host", "0.0.0.0", "--no-auth"], ["--share", "--no-auth"]):
+        options = _options(_parser().parse_args(argv))
+        assert options.auth is None
+        assert "WITHOUT a login" in capsys.readouterr().err
+    options = _options(_parser().parse_args(["--host", "0.0.0.0", "--auth", "a:b"]))
+    assert options.auth == ("a", "b")
+    assert "not encrypted" in capsys.readouterr().err
+    _options(_parser().parse_args([]))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_login_and_an_open_door_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "exclude each other" in refused(capsys, "--auth", "a:b", "--no-auth")
 
 
 @pytest.mark.parametrize("auth", ["user", "user:", ":password", ""])

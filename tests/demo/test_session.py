@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from demo.catalogue import Entry
-from demo.session import Engines, Session, batches
-from runtime.api import Done, Event, Message, Sampling, Token
+from demo.session import Engines, People, Picture, Session, batches
+from runtime.api import Done, EncodedImage, Event, Message, Sampling, Token
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.engine import Engine
 from tests.demo.conftest import GatedBackend, WatchedEngine
@@ -119,3 +119,34 @@ def test_a_fresh_session_can_be_copied_and_stopped() -> None:
     session.cancel = threading.Event()
     session.stop()
     assert session.cancel.is_set()
+
+
+def test_a_page_that_closes_takes_its_files_but_not_those_of_others(tmp_path: Path) -> None:
+    people, mine, shared = People(), tmp_path / "mine", tmp_path / "shared"
+    for path in (mine, shared):
+        path.write_text("x")
+    me, other = people.enter("a"), people.enter("b")
+    me.files, other.files = {str(mine), str(shared)}, {str(shared)}
+    me.cancel = threading.Event()
+    people.leave("a")
+    people.leave("a")
+    assert me.cancel.is_set()
+    assert (mine.exists(), shared.exists()) == (False, True)
+    people.leave("b")
+    assert not shared.exists()
+
+
+def test_a_conversation_holds_each_image_once_and_can_be_left_out() -> None:
+    session = Session()
+    session.show([Picture(EncodedImage(b"1"), "", "1"), Picture(EncodedImage(b"2"), "", "2")])
+    first = session.asks("one?", remember=True)
+    assert [len(message.content) for message in first] == [3]
+    session.heard(first, "")  # nothing was said: nothing to follow up
+    assert session.asks("one?", remember=True) == first
+    session.heard(first, "7")
+    follow_up = session.asks("two?", remember=True)
+    assert [message.role for message in follow_up] == ["user", "assistant", "user"]
+    assert all(isinstance(part, str) for part in follow_up[-1].content)
+    assert [len(message.content) for message in session.asks("two?", remember=False)] == [3]
+    session.forget()
+    assert [len(message.content) for message in session.asks("one?", remember=True)] == [3]
