@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from vlm.errors import ToolError
 MODEL = "model"  # events that use the engine for long share this concurrency id
 MAX_UPLOAD = 15 << 20
 DEVICE_EVERY_S = 2.0
+SWITCH_S = 0.0005
 PLAIN: dict[str, Any] = {"apply_default_css": False, "elem_classes": "page-html"}
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 QUEUED: dict[str, Any] = {"concurrency_id": MODEL, "concurrency_limit": 1, "api_visibility": "private"}
@@ -73,6 +75,9 @@ def build(engines: Engines, setting: Setting | None = None) -> Any:
     """The whole page as `gradio.Blocks`, not launched."""
     import gradio as gr
 
+    # the engine's thread asks for the interpreter's lock between any two native calls; while the server renders a
+    # page, it would by default wait 5 ms each time, which is ten tokens of a small model
+    sys.setswitchinterval(SWITCH_S)
     setting = setting or Setting()
     instruments = setting.instruments or Instruments()
     people = People()

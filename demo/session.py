@@ -19,7 +19,7 @@ from runtime.images import answer as answer_message
 from runtime.images import question as question_message
 from vlm.errors import UserError
 
-FRAME_S = 0.05  # more than 20 updates a second cost the browser and show a person nothing
+FRAME_S = 0.1  # more than 10 updates a second cost the engine's speed and show a person nothing
 HEARTBEAT_S = 0.25  # how soon a closed tab is noticed while the model is silent
 
 

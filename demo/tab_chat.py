@@ -206,7 +206,7 @@ def lay_out(session: Any, shown: Sequence[Example], plain: dict[str, Any]) -> Wi
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             pictures = gr.Gallery(
-                label="Images (the next question is about all of them)",
+                label="Images",
                 type="filepath",
                 file_types=["image"],
                 sources=["upload", "clipboard"],
@@ -275,10 +275,12 @@ def _settings() -> tuple[Any, tuple[Any, ...]]:
     with gr.Accordion("Answer settings", open=False, elem_id="settings"):
         remember = gr.Checkbox(True, label="Earlier questions and answers are part of the conversation")
         length = gr.Slider(1, 512, value=64, step=1, label="Longest answer (tokens)", elem_id="length")
-        temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 = always the likeliest token)")
+        temperature = gr.Slider(
+            0, 1.5, value=0, step=0.1, label="Temperature (0 = always the likeliest token)", elem_id="temperature"
+        )
         with gr.Row():
             top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p", min_width=140)
-            top_k = gr.Slider(0, 100, value=0, step=1, label="Top k (0 = all tokens)", min_width=140)
+            top_k = gr.Slider(0, 100, value=0, step=1, label="Top k (0 = all tokens)", min_width=140, elem_id="top-k")
         with gr.Row():
             min_p = gr.Slider(0, 1, value=0, step=0.05, label="Min p", min_width=140)
             penalty = gr.Slider(0.5, 2, value=1, step=0.05, label="Repetition penalty (1 = off)", min_width=140)

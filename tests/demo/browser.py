@@ -95,9 +95,17 @@ class Visit:
     def set_length(self, tokens: int) -> None:
         """The longest answer the model may give."""
         self.page.get_by_role("button", name="Answer settings").click()
-        field = self.page.locator("#length input[type=number]")
-        field.fill(str(tokens))
+        self.set_number("#length", str(tokens))
+
+    def set_number(self, place: str, value: str) -> None:
+        """Type a number beside a slider; returns when the slider has moved."""
+        field = self.page.locator(f"{place} input[type=number]")
+        field.fill(value)
         field.press("Tab")
+        self.page.wait_for_function(
+            "([place, value]) => document.querySelector(`${place} input[type=range]`).value === value",
+            arg=[place, value],
+        )
 
     def ask(self, question: str) -> None:
         self.page.locator("#question textarea").fill(question)

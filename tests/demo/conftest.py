@@ -29,9 +29,12 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_student(tmp_path_factory.mktemp("runs") / "tiny" / "student")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser for all tests; every test opens windows of its own in it."""
+    """One browser for all tests of a module; every test opens windows of its own in it.
+
+    Not for the whole run: while it is open, its event loop occupies the thread, and `asyncio.run` refuses to work.
+    """
     from tests.demo import browser
 
     with browser.chromium() as found:

@@ -75,10 +75,9 @@ def test_controls_reach_the_engine(chromium: Any, visits: list[Any], png: bytes)
     served, visit = open_page(visits, chromium, fake=FakeBackend(FakeScript("7")))
     visit.show_image("digits.png", png)
     visit.page.get_by_role("button", name="Answer settings").click()
-    for label, value in (("Longest answer", "9"), ("Temperature", "0.7"), ("Top k", "5"), ("Seed", "11")):
-        field = visit.page.locator(f"#settings input[type=number][aria-label*='{label}']")
-        field.fill(value)
-        field.press("Tab")
+    for place, value in (("#length", "9"), ("#temperature", "0.7"), ("#top-k", "5")):
+        visit.set_number(place, value)
+    visit.page.get_by_label("Seed").fill("11")
     visit.page.get_by_label("Stop at these words").fill("END")
     visit.page.get_by_label("Earlier questions and answers").uncheck()
     visit.ask("Which digit?")
@@ -223,9 +222,7 @@ def profiled(chromium: Any, visits: list[Any], tmp_path: Path) -> Iterator[tuple
     visits.append(visit)
     visit.tab("Profile")
     visit.page.get_by_label("b · ONNX Runtime").last.check()
-    requests = visit.page.locator("#requests input[type=number]")
-    requests.fill("4")
-    requests.press("Tab")
+    visit.set_number("#requests", "4")
     yield served, visit
     SlowRunner.permits.release(100_000)
 
