@@ -90,6 +90,17 @@ def test_addresses_are_checked() -> None:
         load("folder", backend="openai")
 
 
+def _read_request(connection: socket.socket) -> None:
+    """Take the whole request: closing a connection with bytes unread resets it, and the client may lose the reply."""
+    with connection.makefile("rb") as stream:
+        length = 0
+        while line := stream.readline().strip():
+            name, _, value = line.partition(b":")
+            if name.lower() == b"content-length":
+                length = int(value)
+        stream.read(length)
+
+
 @contextmanager
 def scripted(
     *replies: bytes, hold: threading.Event | None = None, gone: threading.Event | None = None
@@ -101,7 +112,7 @@ def scripted(
             for number, reply in enumerate(replies):
                 connection, _ = listener.accept()
                 with connection:
-                    connection.recv(1 << 20)
+                    _read_request(connection)
                     connection.sendall(reply)
                     if hold is not None and number == len(replies) - 1:
                         hold.set()
