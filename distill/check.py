@@ -184,6 +184,8 @@ def check_stage(name: str, config: TrainConfig, blind_samples: int, notes: tuple
         with_images = [example for example in drawn if example.pixels][:blind_samples]
         gains = check_blind.gains(objective, run.student, run.teacher, with_images, batch_of)
     gradients = Gradients()
+    if config.fira.per_layer:
+        gradients.watch(run.student)
     step = check_steps.stepper(config, run.student, objective, _optimizer(config, run), gradients)
     with_images_first = sorted(longest, key=lambda example: not example.pixels)
     steps = _Steps(config, step, batch_of, with_images_first, drawn, memory)
@@ -245,7 +247,7 @@ def _objective(run: Run, collate: Collator) -> tuple[Objective, tuple[str, ...]]
 
 
 def _optimizer(config: TrainConfig, run: Run) -> torch.optim.Optimizer:
-    from distill.groups import build_optimizer
+    from distill.optimizers import build_optimizer
 
     return build_optimizer(config, run.student)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import re
 import shutil
@@ -19,6 +20,7 @@ from torch import nn
 from distill.batch import Batch, Normaliser
 from distill.check_parts import Finding
 from distill.config import TrainConfig
+from distill.optimizers import estimate_memory
 
 # a step this slow says enough; larger sizes are then calculated
 SLOW_STEP = 6.0
@@ -45,12 +47,21 @@ class Gradients:
     def look(self, model: nn.Module) -> None:
         self.steps += 1
         for name, parameter in model.named_parameters():
-            if parameter.grad is None:
-                continue
-            if not torch.isfinite(parameter.grad).all():
-                self.broken.add(name)
-            elif parameter.grad.any():
-                self.seen.add(name)
+            self._note(name, parameter)
+
+    def watch(self, model: nn.Module) -> None:
+        """Look at each gradient the moment it is there, before an optimiser drops it; ask before making that one."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._note, name))
+
+    def _note(self, name: str, parameter: torch.Tensor) -> None:
+        if parameter.grad is None:
+            return
+        if not torch.isfinite(parameter.grad).all():
+            self.broken.add(name)
+        elif parameter.grad.any():
+            self.seen.add(name)
 
 
 class Memory:
@@ -147,7 +158,7 @@ def stepper(
             total, values = loss(student, batch, Normaliser.of(batch))
         total.backward()
         gradients.look(student)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
@@ -286,13 +297,16 @@ class Disk:
 
 
 def disk(config: TrainConfig, student: nn.Module, kept: int) -> Disk:
-    """Sizes calculated from the parameters: float32 weights and two AdamW moments a checkpoint."""
-    weights = {id(p): p for p in student.parameters()}.values()
-    total = sum(p.numel() for p in weights)
-    trained = sum(p.numel() for p in weights if p.requires_grad)
+    """Sizes calculated from the parameters: float32 weights and the optimiser's state a checkpoint."""
+    total = sum(p.numel() for p in student.parameters())
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[config.save_dtype]
     saves = -(-config.steps // config.save_every)
     place = config.out.absolute()
     while not place.exists():
         place = place.parent
-    return Disk(4 * total + 8 * trained, min(kept, saves), width * total, shutil.disk_usage(place).free)
+    return Disk(
+        4 * total + estimate_memory(student, config).state,
+        min(kept, saves),
+        width * total,
+        shutil.disk_usage(place).free,
+    )

@@ -18,7 +18,8 @@ GROUPS = (
     ),
     ("objective", r"objective|weights\..*"),
     ("distillation terms", r"align\..*"),
-    ("training", r"steps|batch_size|accumulate|.*lr|lrs\..*|warmup|weight_decay|max_grad_norm|lr_.*|epochs|optimi.*"),
+    ("training", r"steps|batch_size|accumulate|.*lr|lrs\..*|warmup|weight_decay|max_grad_norm|lr_.*|epochs"),
+    ("optimiser", r"optim(_.*)?|fira\..*"),
     ("memory and speed", r"bf16|gradient_checkpointing|cache.*|fsdp.*|compile.*|chunk.*|ddp.*"),
     ("measuring and saving", r"eval_.*|save_.*|log_.*|report.*|visual_.*|keep.*|final|early.*"),
 )

@@ -1,14 +1,18 @@
 """Objectives x seeds, fairly: each objective gets the same learning-rate sweep, equal steps, and equal time.
 
+An objective may carry options of its own, `sft:optim=fira;fira.rank=16`: any option of `train` can be compared.
+
 Time is made equal through measured step times (interleaved in one process), not by stopping runs at a wall clock:
 on a shared machine the latter would reward whichever run met less noise.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import presets
+from distill.cli import parse_train
 from distill.config import OBJECTIVES, TrainConfig
 from vlm.console import Parser, Progress, natural, note, print_json, table
 from vlm.errors import ToolError, UserError
@@ -28,6 +33,10 @@ from vlm.load import PROVENANCE
 
 SWEEP_SEED = 9001
 EQUAL_STEPS, SWEEP_STEPS = 350, 250
+# what a comparison decides itself
+SET_BY_COMPARE = tuple(
+    f"--{name}" for name in ("preset", "objective", "steps", "lr", "seed", "out", "resume", "threads")
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,17 @@ def parse(argv: Sequence[str]) -> Plan:
     parser = Parser(
         prog="python -m distill compare",
         description="Train every objective with every seed at equal steps and at equal time; print mean and spread.",
-        epilog="example: python -m distill compare --preset digits --objectives sft,kd,align-ti --seeds 3",
+        epilog="examples:\n"
+        "  python -m distill compare --preset digits --objectives sft,kd,align-ti --seeds 3\n"
+        '  python -m distill compare --preset digits --objectives "sft,sft:optim=fira;fira.rank=16" --seeds 3\n',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", default="digits", choices=sorted(presets.PRESETS))
-    parser.add_argument("--objectives", default="sft,kd,align-ti", help=f"comma-separated, of {', '.join(OBJECTIVES)}")
+    parser.add_argument(
+        "--objectives",
+        default="sft,kd,align-ti",
+        help=f"comma-separated, of {', '.join(OBJECTIVES)}; OBJECTIVE:OPTION=VALUE;... sets options of train for one",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
     parser.add_argument("--lrs", default="2.5e-4,5e-4,1e-3", help="learning rates every objective is tried with")
     parser.add_argument("--steps", type=natural, default=0, help="steps of the equal-steps budget (default: 350)")
@@ -87,8 +103,7 @@ def parse(argv: Sequence[str]) -> Plan:
     args = parser.parse_args(list(argv))
     objectives = tuple(dict.fromkeys(name.strip() for name in args.objectives.split(",") if name.strip()))
     for name in objectives:
-        if name not in OBJECTIVES:
-            raise UserError(f"objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
+        variant(args.preset, name)
     if not objectives or args.seeds < 1 or args.jobs < 1:
         raise UserError("name at least one objective, one seed and one job")
     try:
@@ -109,6 +124,22 @@ def parse(argv: Sequence[str]) -> Plan:
     )
 
 
+def variant(preset: str, name: str) -> TrainConfig:
+    """The preset's configuration with the objective and options of `OBJECTIVE:OPTION=VALUE;...`.
+
+    Raises:
+        UserError: an unknown objective or option, or a value that does not fit.
+    """
+    objective, _, options = name.partition(":")
+    if objective not in OBJECTIVES:
+        raise UserError(f"objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}")
+    words = [f"--{option.strip()}" for option in options.split(";") if option.strip()]
+    for word in words:
+        if "=" not in word or word.partition("=")[0] in SET_BY_COMPARE:
+            raise UserError(f"objective {name!r}: {word[2:]!r} is no OPTION=VALUE that can differ between objectives")
+    return parse_train(["--preset", preset, "--objective", objective, *words])[0]
+
+
 def main(argv: Sequence[str]) -> int:
     plan = parse(argv)
     started = time.monotonic()
@@ -116,10 +147,9 @@ def main(argv: Sequence[str]) -> int:
     seconds = _step_times(plan, lrs)
     slowest = max(seconds.values())
     budgets = {name: max(plan.steps, round(plan.steps * slowest / seconds[name])) for name in plan.objectives}
-    base = presets.defaults(plan.preset)
     wanted = {
         (name, budget, seed): _config(
-            plan, base, f"{name}-{steps}steps-lr{lrs[name]:g}-seed{seed}", name, steps, lrs[name], seed
+            plan, f"{_folder(name)}-{steps}steps-lr{lrs[name]:g}-seed{seed}", name, steps, lrs[name], seed
         )
         for name in plan.objectives
         for budget, steps in (("steps", plan.steps), ("time", budgets[name]))
@@ -136,14 +166,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _config(plan: Plan, base: TrainConfig, name: str, objective: str, steps: int, lr: float, seed: int) -> TrainConfig:
+def _folder(name: str) -> str:
+    """The name of an objective with options as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9+._=-]+", "_", name)
+
+
+def _config(plan: Plan, folder: str, name: str, steps: int, lr: float, seed: int) -> TrainConfig:
     return dataclasses.replace(
-        base,
-        objective=objective,
+        variant(plan.preset, name),
         steps=steps,
         lr=lr,
         seed=seed,
-        out=plan.out / name,
+        out=plan.out / folder,
         threads=1,
         eval_every=steps,
         eval_samples=1000,
@@ -153,8 +187,7 @@ def _config(plan: Plan, base: TrainConfig, name: str, objective: str, steps: int
 
 def _sweep(plan: Plan) -> dict[str, float]:
     """Best learning rate of each objective by validation accuracy, on a seed not used afterwards."""
-    base = presets.defaults(plan.preset)
-    configs = {(name, lr): _sweep_config(plan, base, name, lr) for name in plan.objectives for lr in plan.lrs}
+    configs = {(name, lr): _sweep_config(plan, name, lr) for name in plan.objectives for lr in plan.lrs}
     _run_all(plan, list(configs.values()), "learning-rate sweep")
     scores = {key: _validation(config) for key, config in configs.items()}
     best = {name: max(plan.lrs, key=lambda lr: scores[name, lr]) for name in plan.objectives}
@@ -164,9 +197,9 @@ def _sweep(plan: Plan) -> dict[str, float]:
     return best
 
 
-def _sweep_config(plan: Plan, base: TrainConfig, name: str, lr: float) -> TrainConfig:
-    out = f"sweep-{name}-{plan.sweep_steps}steps-lr{lr:g}"
-    return _config(plan, base, out, name, plan.sweep_steps, lr, SWEEP_SEED)
+def _sweep_config(plan: Plan, name: str, lr: float) -> TrainConfig:
+    out = f"sweep-{_folder(name)}-{plan.sweep_steps}steps-lr{lr:g}"
+    return _config(plan, out, name, plan.sweep_steps, lr, SWEEP_SEED)
 
 
 def _run_all(plan: Plan, configs: list[TrainConfig], label: str) -> None:
@@ -182,7 +215,8 @@ def _run_all(plan: Plan, configs: list[TrainConfig], label: str) -> None:
 
 def _run_one(config: TrainConfig) -> TrainConfig:
     """One run in a process of its own, resumed if it was cut short."""
-    from distill.train import CONFIG, config_to_json
+    from distill.stored import config_to_json
+    from distill.train import CONFIG
 
     if (config.out / CONFIG).is_file():
         options = ["--resume", "--out", str(config.out)]
@@ -233,12 +267,11 @@ def _step_times(plan: Plan, lrs: dict[str, float], rounds: int = 15) -> dict[str
             return seconds
     from distill.steptime import measure
 
-    base = presets.defaults(plan.preset)
-    fresh = [dataclasses.replace(base, objective=name, threads=1) for name in plan.objectives]
-    trained = [
-        dataclasses.replace(config, student=str(_sweep_config(plan, base, name, lrs[name]).out / "student"))
-        for name, config in zip(plan.objectives, fresh, strict=True)
-    ]
+    fresh = {name: dataclasses.replace(variant(plan.preset, name), threads=1) for name in plan.objectives}
+    trained = {
+        name: dataclasses.replace(config, student=str(_sweep_config(plan, name, lrs[name]).out / "student"))
+        for name, config in fresh.items()
+    }
     at_start, at_end = measure(fresh, rounds), measure(trained, rounds)
     seconds = {name: (at_start[name] + at_end[name]) / 2 for name in plan.objectives}
     write_atomic(stored, json.dumps(seconds) + "\n")

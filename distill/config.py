@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from distill.methods import FiraOptions, Optim, check_fira
+from distill.methods import Lora as Lora
 from vlm.errors import UserError
 
 Direction = Literal["forward", "reverse"]
@@ -122,35 +124,6 @@ class LearningRates:
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters; they and the projector train, everything else stays fixed.
-
-    Attributes:
-        r: rank; 0 trains the weights themselves.
-        alpha: adapters are scaled by alpha / r.
-        dropout: before each adapter; not with layouts that run the gold sequence twice.
-        targets: `auto` (every linear layer of the decoder) or a regular expression of module names.
-        vision: adapt the vision tower too.
-    """
-
-    r: int = 0
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: str = "auto"
-    vision: bool = False
-
-    def __post_init__(self) -> None:
-        if self.r < 0:
-            raise UserError(f"lora.r must be 0 (off) or more, got {self.r}")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"lora.alpha must be above 0 and finite, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout is a share from 0 to below 1, got {self.dropout}")
-        if not self.r and (self.dropout or self.targets != "auto" or self.vision):
-            raise UserError("lora options without a rank; add --lora.r 16 or drop them")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -189,8 +162,11 @@ class TrainConfig:
         lr: peak learning rate (cosine decay to zero).
         projector_lr: peak learning rate of the projector; 0 means the same as lr.
         warmup: share of the steps spent warming up.
-        weight_decay: AdamW decay.
-        max_grad_norm: gradient clipping.
+        weight_decay: decoupled decay of matrices.
+        max_grad_norm: gradient clipping; 0 clips nothing.
+        optim: adamw, or fira: state of low rank, updates of full rank.
+        optim_state: checkpoint folder (of any run of the same model, with either optimiser) whose optimiser state is taken
+            over where it has the same form.
         freeze_vision: keep the vision tower fixed; the same as freeze=vision.
         freeze: comma-separated parts to keep fixed: vision, projector, llm, embeddings, lm_head, llm.layers.0-11,
             vision.layers.0-5, or regular expressions of parameter names.
@@ -216,6 +192,7 @@ class TrainConfig:
         lrs: peak learning rates by part of the model.
         weights: weights of the loss terms.
         align: settings of the distillation terms.
+        fira: settings of the low-rank optimiser.
     """
 
     preset: Literal["digits", "none"] = "none"
@@ -249,6 +226,8 @@ class TrainConfig:
     warmup: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optim: Optim = "adamw"
+    optim_state: Path | None = None
     freeze_vision: bool = False
     freeze: str = ""
     bf16: bool = False
@@ -273,6 +252,7 @@ class TrainConfig:
     lrs: LearningRates = field(default_factory=LearningRates)
     weights: LossWeights = field(default_factory=LossWeights)
     align: Align = field(default_factory=Align)
+    fira: FiraOptions = field(default_factory=FiraOptions)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|same|cpu|cuda(:\d+)?", self.teacher_device):
@@ -293,11 +273,11 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"lr must be above 0 and finite, got {self.lr}")
         for name in (
             "projector_lr",
+            "max_grad_norm",
             "weight_decay",
             "eval_every",
             "seed",
@@ -306,8 +286,9 @@ class TrainConfig:
             "holdout",
             "visual_every",
         ):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        check_fira(self.optim, self.fira, self.accumulate, self.max_grad_norm, self.fsdp, self.lora.r)
         if (self.llm is None) != (self.vision_tower is None):
             raise UserError("an assembled student needs both --vision_tower and --llm (a LLaVA checkpoint has a tower)")
         if self.llm is not None and self.student is not None:
@@ -351,6 +332,11 @@ class TrainConfig:
         for name in self.loggers:
             if name not in LOGGERS:
                 raise UserError(f"report_to {name!r} is unknown; choose from {', '.join(LOGGERS)}, or none")
+
+    @property
+    def clip_norm(self) -> float:
+        """Gradients longer than this are shortened."""
+        return self.max_grad_norm or math.inf
 
     @property
     def loggers(self) -> tuple[str, ...]:

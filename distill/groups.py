@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from distill.config import TrainConfig
@@ -32,6 +31,7 @@ class Group:
     lr: float
     decay: float
     parameters: tuple[nn.Parameter, ...]
+    names: tuple[str, ...]
 
     @property
     def size(self) -> int:
@@ -106,7 +106,7 @@ def parameter_groups(config: TrainConfig, model: nn.Module) -> list[Group]:
     Raises:
         UserError: nothing trains, or a learning rate is given for a part that does not train.
     """
-    members: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    members: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
     trains: set[str] = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -114,7 +114,7 @@ def parameter_groups(config: TrainConfig, model: nn.Module) -> list[Group]:
         part = part_of(name)
         trains.add(part)
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        members.setdefault((part, _rate(config, part), decay), []).append(parameter)
+        members.setdefault((part, _rate(config, part), decay), []).append((name, parameter))
     if not members:
         raise UserError("every parameter is frozen; nothing to train")
     for part in PARTS:
@@ -123,7 +123,7 @@ def parameter_groups(config: TrainConfig, model: nn.Module) -> list[Group]:
             present = any(part_of(name) == part for name, _ in model.named_parameters())
             why = "is frozen" if present else "has no parameters of its own in this model"
             raise UserError(f"lrs.{part} {getattr(config.lrs, part)}: that part {why}; drop the option")
-    return [Group(*key, tuple(parameters)) for key, parameters in members.items()]
+    return [Group(*key, tuple(p for _, p in named), tuple(name for name, _ in named)) for key, named in members.items()]
 
 
 def _rate(config: TrainConfig, part: str) -> float:
@@ -133,17 +133,6 @@ def _rate(config: TrainConfig, part: str) -> float:
     if part in INSIDE_LLM:
         own = own or config.lrs.llm
     return own or config.lr
-
-
-def build_optimizer(config: TrainConfig, student: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(
-        [
-            {"params": list(group.parameters), "lr": group.lr, "weight_decay": group.decay}
-            for group in parameter_groups(config, student)
-        ],
-        betas=(0.9, 0.98),
-    )
 
 
 def table(groups: list[Group], model: nn.Module) -> str:

@@ -88,7 +88,7 @@ def finish(out: Path) -> None:
 
 def _collect(stage: Record, shown: int = 0) -> None:
     from distill.report_data import SHOWN, collect
-    from distill.train import config_from_json
+    from distill.stored import config_from_json
 
     if not (stage.out / "student" / PROVENANCE).is_file():
         raise UserError(f"{stage.out} has no student yet; finish it with `python -m distill train --resume`")

@@ -61,7 +61,8 @@ def start(request: Request, out: Path) -> TrainResult:
         UserError: `out` holds a run already, or a stage is wrong; finished stages stay.
         KeyboardInterrupt: stopped by Ctrl-C after writing a checkpoint.
     """
-    from distill.train import CONFIG, config_to_json
+    from distill.stored import config_to_json
+    from distill.train import CONFIG
 
     if (out / PLAN).exists() or (out / CONFIG).exists():
         raise UserError(f"{out} already holds a run; add --resume to go on or choose another --out")
@@ -91,7 +92,7 @@ def read_plan(out: Path) -> tuple[Stage, ...]:
     Raises:
         CheckpointError: the plan is damaged.
     """
-    from distill.train import config_from_json
+    from distill.stored import config_from_json
 
     stored = read_json(out / PLAN)["stages"]
     return placed([Stage(entry["name"], config_from_json(entry["config"])) for entry in stored], out)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from distill.config import TrainConfig
 from distill.data import batches
-from distill.groups import build_optimizer
 from distill.objective import Normaliser, Objective
+from distill.optimizers import build_optimizer
 from distill.train import load_run
 
 
-def measure(configs: list[TrainConfig], rounds: int, warmup: int = 3) -> dict[str, float]:
-    """Median seconds a step by objective: data, forward, backward and optimiser; A B C A B C ... order."""
+def measure(configs: Mapping[str, TrainConfig], rounds: int, warmup: int = 3) -> dict[str, float]:
+    """Median seconds a step by name: data, forward, backward and optimiser; A B C A B C ... order."""
     before = torch.get_num_threads()
-    torch.set_num_threads(configs[0].threads or before)
-    steps = {config.objective: _stepper(config) for config in configs}
+    torch.set_num_threads(next(iter(configs.values())).threads or before)
+    steps = {name: _stepper(config) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warmup + rounds):
         for name, step in steps.items():
@@ -43,7 +43,7 @@ def _stepper(config: TrainConfig) -> Callable[[int], None]:
         for batch in batches(run.data.train, indices, config.batch_size, collate, run.student.device):
             loss, _ = objective(run.student, batch, Normaliser.of(batch))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(run.student.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
 

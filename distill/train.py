@@ -25,6 +25,7 @@ from distill import (
     irs,
     lora,
     models,
+    optimizers,
     placement,
     presets,
     processes,
@@ -32,7 +33,7 @@ from distill import (
     visual,
 )
 from distill.assemble import save_checkpoint
-from distill.config import Align, LearningRates, Lora, LossWeights, TrainConfig
+from distill.config import Align, TrainConfig
 from distill.data import (
     Collator,
     DataOptions,
@@ -46,6 +47,7 @@ from distill.data import (
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
 from distill.reporter import check_loggers
+from distill.stored import config_from_json, config_to_json
 from distill.teacher import Teacher
 from distill.trainer import METRICS, DistillTrainer
 from vlm import digits
@@ -144,6 +146,7 @@ def train(config: TrainConfig) -> TrainResult:
     started = time.monotonic()
     run = processes.one_after_another(lambda: load_run(config))
     processes.say(groups.table(groups.parameter_groups(config, run.student), run.student))
+    processes.say("\n".join(optimizers.header(config, run.student)))
     iva_layer, scores = processes.first(lambda: _iva_layer(run))
     processes.first(lambda: _start_run_directory(config, scores))
     processes.first(lambda: write_skipped(run.data.train, config.out))
@@ -379,16 +382,3 @@ def _provenance(run: Run, result: TrainResult) -> dict[str, Any]:
         "licence": "Apache-2.0" if run.data.description["name"] == "digits" else None,
         "tools": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
-
-
-def config_to_json(config: TrainConfig) -> dict[str, Any]:
-    value = dataclasses.asdict(config)
-    return {name: str(item) if isinstance(item, Path) else item for name, item in value.items()}
-
-
-def config_from_json(value: dict[str, Any]) -> TrainConfig:
-    names = ("data", "images", "eval_data", "teacher_cache", "out")
-    paths = {name: Path(value[name]) for name in names if value.get(name) is not None}
-    made = {"lora": Lora, "lrs": LearningRates, "weights": LossWeights, "align": Align}
-    nested = {name: make(**value[name]) for name, make in made.items() if name in value}
-    return TrainConfig(**{**value, **paths, **nested})

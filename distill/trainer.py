@@ -17,8 +17,8 @@ from distill import checkpoint, processes
 from distill.config import TrainConfig
 from distill.data import Collator, Examples, to_batch, train_sampler
 from distill.distiller import Distiller, is_sharded
-from distill.groups import build_optimizer
 from distill.objective import Normaliser, Objective
+from distill.optimizers import build_optimizer, take_over
 from distill.reporter import Reporter, loggers
 from vlm.errors import GateFailed
 
@@ -49,7 +49,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         self.config, self.objective = config, objective
         self.student = student
-        self._adamw: torch.optim.Optimizer | None = None
+        self._own: torch.optim.Optimizer | None = None
         super().__init__(
             model=Distiller(student),
             args=_arguments(config),
@@ -77,9 +77,14 @@ class DistillTrainer(Trainer):
             _shard_on_cpu(self)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self._adamw is None:
-            self.optimizer = self._adamw = build_optimizer(self.config, self.student)
-        return self._adamw
+        if self._own is None:
+            self.optimizer = self._own = build_optimizer(self.config, self.student)
+            if self.config.optim_state is not None:
+                taken, total = take_over(self._own, self.config.optim_state)
+                processes.say(
+                    f"optimiser state of {taken} of {total} tensors taken over from {self.config.optim_state}"
+                )
+        return self._own
 
     def go(self, found: Path | None) -> None:
         """Train from a checkpoint, or from the start, to the last step."""

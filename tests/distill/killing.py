@@ -7,6 +7,7 @@ half-way through a file, between two renames. Nothing waits for a clock: the sam
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import random
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -27,6 +29,7 @@ from distill.checkpoint import complete
 from distill.config import Align, TrainConfig
 from distill.report import read_metrics
 from distill.train import train
+from distill.trainer import DistillTrainer
 from tests.tiny import make_student
 
 SIZES = {"hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate": 48, "spread": 3.0}
@@ -118,6 +121,23 @@ def recipe(folder: Path) -> TrainConfig:
         threads=1,
         align=Align(iva_layer=0),
     )
+
+
+def stop_after(config: TrainConfig, step: int) -> None:
+    """Train until so many optimiser steps are taken, then break off as a crash would."""
+    begin = DistillTrainer.training_step
+
+    def crash(self: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Crash
+        return begin(self, *args, **kwargs)
+
+    with mock.patch.object(DistillTrainer, "training_step", crash), contextlib.suppress(Crash):
+        train(config)
+
+
+class Crash(Exception):
+    """What `stop_after` breaks off with."""
 
 
 def differences(reference: Path, other: Path) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from distill import compare
 from distill.config import TrainConfig
-from distill.train import config_from_json, config_to_json
+from distill.stored import config_from_json, config_to_json
 from vlm.errors import ToolError, UserError
 
 SECONDS = {"sft": 1.0, "kd": 2.0, "align-ti": 4.0}
@@ -50,7 +50,9 @@ class Runs:
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
     monkeypatch.setattr(compare.subprocess, "run", fake)
-    monkeypatch.setattr(compare, "_step_times", lambda plan, _: {name: SECONDS[name] for name in plan.objectives})
+    monkeypatch.setattr(
+        compare, "_step_times", lambda plan, _: {name: SECONDS.get(name, 1.0) for name in plan.objectives}
+    )
     return fake
 
 
@@ -91,6 +93,25 @@ def test_every_run_gets_its_own_recipe_and_budgets_are_fair(
     assert rows["align-ti", "time"]["scores"] == rows["align-ti", "steps"]["scores"]
 
 
+def test_an_objective_may_carry_options_of_its_own(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = ["--objectives", "sft,sft:optim=fira;fira.rank=8", "--seeds", "1"]
+    assert compare.main([*arguments(tmp_path / "c"), *two]) == 0
+    assert {(c.optim, c.fira.rank) for c in runs.seen} == {("adamw", 32), ("fira", 8)}
+    assert len({c.out for c in runs.seen}) == len(runs.seen)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["objective"] for row in result["rows"]} == {"sft", "sft:optim=fira;fira.rank=8"}
+    for wrong, seen in (
+        ("sft:optim=magic", "magic"),
+        ("sft:fira.rnk=8", "fira.rank"),
+        ("sft:seed=3", "can differ"),
+        ("sft:x", "can differ"),
+    ):
+        with pytest.raises(UserError, match=seen):
+            compare.parse([*arguments(tmp_path), "--objectives", wrong])
+
+
 def test_finished_runs_are_not_repeated(runs: Runs, tmp_path: Path) -> None:
     compare.main(arguments(tmp_path / "c"))
     first = len(runs.seen)
@@ -101,9 +122,7 @@ def test_finished_runs_are_not_repeated(runs: Runs, tmp_path: Path) -> None:
 def test_a_run_cut_short_is_resumed(runs: Runs, tmp_path: Path) -> None:
     plan = compare.parse(arguments(tmp_path / "c"))
     out = tmp_path / "c" / "sft-100steps-seed0"
-    from distill import presets
-
-    config = compare._config(plan, presets.defaults("digits"), out.name, "sft", 100, 1e-3, 0)
+    config = compare._config(plan, out.name, "sft", 100, 1e-3, 0)
     out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(config_to_json(config)))
     compare._run_one(config)

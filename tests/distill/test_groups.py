@@ -10,6 +10,7 @@ from torch import nn
 
 from distill import groups
 from distill.config import LearningRates, TrainConfig
+from distill.optimizers import build_optimizer
 from tests.tiny import make_student
 from vlm.errors import UserError
 from vlm.load import load_model, open_checkpoint
@@ -74,7 +75,7 @@ def test_names_of_nothing_are_refused(model: nn.Module, entry: str, seen: str) -
 def test_groups_cover_each_parameter_once(model: nn.Module) -> None:
     rates = LearningRates(projector=1e-3, vision=2e-6, llm=3e-5)
     config = TrainConfig(lr=1e-5, weight_decay=0.1, lrs=rates)
-    optimizer = groups.build_optimizer(config, model)
+    optimizer = build_optimizer(config, model)
     seen = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert len(seen) == sum(len(group["params"]) for group in optimizer.param_groups)
     expected = {"projector": 1e-3, "vision": 2e-6, "llm": 3e-5, "embeddings": 3e-5}
@@ -107,7 +108,7 @@ def test_a_rate_for_a_fixed_or_absent_part_is_refused(model: nn.Module) -> None:
 def test_nothing_to_train_is_refused(model: nn.Module) -> None:
     groups.freeze(model, "vision,projector,llm")
     with pytest.raises(UserError, match="every parameter is frozen"):
-        groups.build_optimizer(TrainConfig(), model)
+        build_optimizer(TrainConfig(), model)
 
 
 def test_an_untied_head_is_a_part_of_its_own(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_an_untied_head_is_a_part_of_its_own(tmp_path: Path) -> None:
 def test_only_unfrozen_parameters_move(model: nn.Module) -> None:
     groups.freeze(model, "vision,embeddings,llm.layers.0")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = groups.build_optimizer(TrainConfig(lr=1e-2, weight_decay=0.5), model)
+    optimizer = build_optimizer(TrainConfig(lr=1e-2, weight_decay=0.5), model)
     sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}

@@ -20,7 +20,7 @@ from distill import report, report_data, report_html, stages
 from distill.__main__ import main
 from distill.config import TrainConfig
 from distill.data import Collator
-from distill.train import config_to_json
+from distill.stored import config_to_json
 from tests.distill.conftest import Pair
 from tests.tiny import make_student
 from vlm import digits, preprocess

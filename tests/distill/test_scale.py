@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from distill.config import Align, TrainConfig
 from distill.report import read_metrics
-from distill.train import config_to_json, train
+from distill.stored import config_to_json
+from distill.train import train
 from tests.tiny import make_student
 from vlm import digits
 
@@ -25,7 +26,8 @@ SIZES = {"hidden": 64, "head_dim": 16, "intermediate": 96, "spread": 3.0}
 CHILD = """
 import json, sys
 from pathlib import Path
-from distill.train import config_from_json, train
+from distill.stored import config_from_json
+from distill.train import train
 for path in sys.argv[1:]:
     train(config_from_json(json.loads(Path(path).read_text())))
 """

@@ -18,7 +18,8 @@ from distill.config import TrainConfig
 from distill.data import Collator, DigitsExamples, LlavaJson
 from distill.evaluate import greedy_matches
 from distill.reporter import drop_after
-from distill.train import config_from_json, train
+from distill.stored import config_from_json
+from distill.train import train
 from distill.trainer import DistillTrainer
 from tests.tiny import make_student
 from vlm import chat, digits
