@@ -2,10 +2,11 @@
 
     python -m benchmarks.engine_overhead runs/NAME/student artifacts/NAME-onnx artifacts/NAME-gguf --tokens 200
 
-ours = TPOT through the engine (sampling, detokenising, stop strings, timing, events, cancel checks); theirs = the bare loop:
-argmax and one step per token, nothing else. Both are the median interval between two steps of one answer: `wall` on the
-clock, `cpu` in processor time of the thread that runs the model, which other work on a busy machine lengthens less.
-`raw` is the bare loop written directly on llama.cpp's C functions.
+ours = TPOT through the engine (sampling, detokenising, stop strings, timing, events, cancel checks), once with the caller
+asleep until the end (`complete`) and once with a caller that wakes for every token (`generate`); theirs = the bare loop:
+argmax and one step per token, nothing else. `raw` is the bare loop written directly on llama.cpp's C functions, with its
+token, batch and logits made once. All are the median interval between two steps of one answer: `wall` on the clock, `cpu` in
+processor time of the thread that runs the model, which other work on a busy machine lengthens less.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import Result, compare, finish, parser
-from runtime.api import Sampling, StreamBackend
+from runtime.api import Backend, Sampling, StreamBackend
 from runtime.backend_gguf import GgufBackend
 from runtime.engine import Engine
 from runtime.images import from_pillow, question
@@ -47,35 +49,50 @@ class Stamps:
         )
 
 
-def engine_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
-    """Through the engine, as any caller would."""
-    backend, stamps = engine._backend, Stamps()
+@contextmanager
+def stamped(engine: Engine, stamps: Stamps) -> Iterator[Backend]:
+    """The engine's backend, every step stamped, in the engine and outside of it alike."""
+    backend = engine._backend
     assert not isinstance(backend, StreamBackend)
     step = backend.step
 
-    def stamped(token_id: int) -> Any:
+    def watched(token_id: int) -> Any:
         stamps.add()
         return step(token_id)
 
-    backend.step = stamped  # type: ignore[method-assign]
+    backend.step = watched  # type: ignore[method-assign]
     try:
-        engine.complete(messages, Sampling(max_new_tokens=tokens, ignore_eos=True), reuse="none")
+        yield backend
     finally:
         backend.step = step  # type: ignore[method-assign]
+
+
+def engine_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
+    """Through the engine, the caller asleep until the end."""
+    stamps = Stamps()
+    with stamped(engine, stamps):
+        engine.complete(messages, Sampling(max_new_tokens=tokens, ignore_eos=True), reuse="none")
+    return stamps.medians()
+
+
+def stream_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
+    """Through the engine, the caller awake for every token."""
+    stamps = Stamps()
+    with stamped(engine, stamps):
+        for _ in engine.generate(messages, Sampling(max_new_tokens=tokens, ignore_eos=True), reuse="none"):
+            pass
     return stamps.medians()
 
 
 def bare_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
     """The same steps with an argmax between them."""
-    backend, stamps = engine._backend, Stamps()
-    assert not isinstance(backend, StreamBackend)
-    prompt = backend.prepare(messages)
-    logits_V = backend.prefill(prompt, backend.encode(prompt.images))
-    engine._shared.context.keep(0)
-    for _ in range(tokens - 1):
-        token_id = int(np.argmax(logits_V))
-        stamps.add()
-        logits_V = backend.step(token_id)
+    stamps = Stamps()
+    with stamped(engine, stamps) as backend:
+        prompt = backend.prepare(messages)
+        logits_V = backend.prefill(prompt, backend.encode(prompt.images))
+        engine._shared.context.keep(0)
+        for _ in range(tokens - 1):
+            logits_V = backend.step(int(np.argmax(logits_V)))
     return stamps.medians()
 
 
@@ -86,19 +103,25 @@ def raw_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
     prompt = backend.prepare(messages)
     logits_V = backend.prefill(prompt, backend.encode(prompt.images))
     engine._shared.context.keep(0)
-    llama, context, vocab = backend._llama, backend._context, backend.info.vocab_size
+    llama, context = backend._llama, backend._context
+    token = (llama.llama_token * 1)()
+    batch = llama.llama_batch_get_one(token, 1)
+    decode, logits_of = llama.llama_decode, llama.llama_get_logits_ith
     for _ in range(tokens - 1):
-        token = (llama.llama_token * 1)(int(np.argmax(logits_V)))
+        token[0] = int(np.argmax(logits_V))
         stamps.add()
-        if llama.llama_decode(context, llama.llama_batch_get_one(token, 1)):
+        if decode(context, batch) or not logits_of(context, -1):  # asking for them is what waits for the device
             raise RuntimeError("llama_decode failed")
-        logits_V = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (vocab,))
     return stamps.medians()
 
 
 def measure(engine: Engine, tokens: int, rounds: int) -> list[Result]:
     """Rounds of every side, each round starting with another one."""
-    sides: dict[str, Callable[[Engine, list[Any], int], Timed]] = {"engine": engine_loop, "bare": bare_loop}
+    sides: dict[str, Callable[[Engine, list[Any], int], Timed]] = {
+        "engine": engine_loop,
+        "stream": stream_loop,
+        "bare": bare_loop,
+    }
     if isinstance(engine._backend, GgufBackend):
         sides["raw"] = raw_loop
     seen: dict[str, list[Timed]] = {name: [] for name in sides}
@@ -113,9 +136,9 @@ def measure(engine: Engine, tokens: int, rounds: int) -> list[Result]:
     results = []
     for at, clock in enumerate(("wall", "cpu")):
         times = {name: [timed[at] for timed in values] for name, values in seen.items()}
-        for other in names[1:]:
-            label = f"engine / {other}, {engine.info.backend} {engine.info.precision}, {clock}"
-            results.append(compare(label, times["engine"], times[other], "ms per token"))
+        for ours, theirs in itertools.product(("engine", "stream"), names[2:]):
+            label = f"{ours} / {theirs}, {engine.info.name}, {engine.info.backend} {engine.info.precision}, {clock}"
+            results.append(compare(label, times[ours], times[theirs], "ms per token"))
     return results
 
 
@@ -128,8 +151,6 @@ def main() -> None:
     for artifact in arguments.artifacts:
         with load(artifact, threads=max(arguments.threads, 1)) as engine:
             results += measure(engine, arguments.tokens, arguments.rounds)
-    cpu = [r.ratio for r in results if "bare" in r.name and r.name.endswith("cpu")]
-    print(f"engine / bare, cpu, median over backends: {statistics.median(cpu):.3f}")
     finish(results, {"tokens": arguments.tokens, "rounds": arguments.rounds}, arguments.out)
 
 

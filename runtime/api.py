@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -152,8 +152,7 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
         raise UserError(f"{name} is {value!r}; give {allowed}")
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Time spent in one stage. The spans of a request tile it: each starts where the one before ended.
 
     Attributes:
@@ -170,8 +169,7 @@ class Span:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One generated token, the end-of-sequence token included. From a remote server: one piece of text, id -1.
 
     Attributes:
@@ -287,7 +285,8 @@ class Prompt:
 class Backend(Protocol):
     """The steps every model format offers; `runtime.run` is the only loop over them.
 
-    One request at a time, from one thread. The context (keys and values of all tokens so far) outlives a request, so
+    One request at a time, from one thread. Logits may be the backend's own memory: they hold until its next call, and
+    nobody writes to them. The context (keys and values of all tokens so far) outlives a request, so
     that the next one may go on from a beginning they share; who may share what is decided by the engine alone.
     """
 
@@ -323,6 +322,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the model; the backend is not used again."""
+        ...
+
+
+@runtime_checkable
+class SpellsTokens(Protocol):
+    """A backend that knows the text of each token by itself: detokenising is then a look into a table."""
+
+    def pieces(self) -> Mapping[int, str | bytes] | None:
+        """Text of every token id, bytes where it is not whole characters; None where text depends on its neighbours."""
         ...
 
 

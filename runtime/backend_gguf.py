@@ -9,7 +9,7 @@ Shape legend: S = image side, T = visual tokens, D = hidden, V = vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class GgufBackend:
         self._vision: Any = None
         self._batch: Any = None
         self._width = 0
+        self._token = (llama_cpp.llama_token * 1)()
+        self._one = llama_cpp.llama_batch_get_one(
+            self._token, 1
+        )  # it points to `_token`: made once, used at every step
+        self._logits_at = 0
+        self._logits_V = np.empty(0, np.float32)
         self.info = _with_float32_cache(source.info("gguf", options), source.model)
         _silence(llama_cpp, mtmd_cpp)
         llama_cpp.llama_backend_init()
@@ -123,7 +129,8 @@ class GgufBackend:
         return self._logits()
 
     def step(self, token_id: int) -> Logits:
-        self._decode((token_id,))
+        self._token[0] = token_id
+        self._run(self._one)
         return self._logits()
 
     def _decode(self, ids: Sequence[int]) -> None:
@@ -151,11 +158,20 @@ class GgufBackend:
             raise RuntimeError(f"llama_decode failed with status {status}")
 
     def _logits(self) -> Logits:
+        """llama.cpp's own row, seen from NumPy: it holds until the next decode."""
         pointer = self._llama.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, (self.info.vocab_size,)).copy()
+        if not pointer:
+            raise RuntimeError("llama.cpp gave no logits")
+        address = ctypes.addressof(pointer.contents)
+        if address != self._logits_at:  # making the view costs more than all the rest of a step
+            self._logits_at, self._logits_V = address, np.ctypeslib.as_array(pointer, (self.info.vocab_size,))
+        return self._logits_V
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._source.tokenizer.decode(ids)
+
+    def pieces(self) -> Mapping[int, str | bytes] | None:
+        return self._source.pieces
 
     def sync(self) -> None:
         """Wait for queued work of llama.cpp's backend."""

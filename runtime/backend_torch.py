@@ -1,11 +1,11 @@
-"""PyTorch: a LLaVA checkpoint as Hugging Face loads it, float32, with a key-value cache and no `generate()`.
+"""PyTorch: a LLaVA checkpoint as Hugging Face loads it, float32, with caches of our own choice and no `generate()`.
 
 Shape legend: N = images, C = 3, S = image side, T = visual tokens, L = prompt length, D = hidden, V = vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from runtime.api import Logits, Message, PreparedImage, Prompt
 from runtime.options import LoadOptions
 from runtime.source import Source, need_package, visible
+from runtime.torch_decoder import make_decoder
 from vlm import preprocess
 from vlm.errors import CheckpointError, MissingPiece
 from vlm.load import Checkpoint, load_model, open_checkpoint
@@ -32,8 +33,8 @@ class TorchBackend:
         self._source = source
         self._device = torch.device(options.device)
         self._model = load_model(checkpoint).to(self._device).requires_grad_(False)
-        self._cache: Any = None
         self.info = source.info("torch", options)
+        self._decoder: Any = make_decoder(torch, self._model, self.info.context_length)
 
     def prepare(self, messages: Sequence[Message], at_hand: Container[str] = frozenset()) -> Prompt:
         return self._source.prompt(messages, preprocess.pixels, at_hand)
@@ -45,41 +46,33 @@ class TorchBackend:
         return [embeds_TD.clone() for embeds_TD in features]  # each may be kept without the others
 
     def prefill(self, prompt: Prompt, embeds: Sequence[Any], start: int = 0, stop: int | None = None) -> Logits:
-        from transformers import DynamicCache
-
         with self._torch.inference_mode():
             ids_1L = self._torch.tensor([prompt.ids[start:stop]], device=self._device)
             embeds_1LD = self._model.get_input_embeddings()(ids_1L)
             for place, rows in visible(prompt, self.info.tokens_per_image, start, stop):
                 embeds_1LD[0, place] = embeds[rows.image][rows.rows]
-            if start == 0:
-                self._cache = DynamicCache(config=self._model.config.get_text_config())
-            elif (extra := self._cache.get_seq_length() - start) > 0:
-                self._cache.crop(-extra)
-            return self._run(embeds_1LD)
+            return self._host(self._decoder.append(embeds_1LD, start))
 
     def step(self, token_id: int) -> Logits:
         with self._torch.inference_mode():
-            ids_11 = self._torch.tensor([[token_id]], device=self._device)
-            return self._run(self._model.get_input_embeddings()(ids_11))
+            return self._host(self._decoder.step(token_id))
 
-    def _run(self, embeds_1LD: Any) -> Logits:
-        hidden_1LD = self._model.model.language_model(
-            inputs_embeds=embeds_1LD, past_key_values=self._cache, use_cache=True
-        ).last_hidden_state
-        logits_V = self._model.lm_head(hidden_1LD[0, -1])
-        logits: Logits = logits_V.float().cpu().numpy()
+    def _host(self, logits_V: Any) -> Logits:
+        logits: Logits = logits_V.cpu().numpy()
         return logits
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._source.tokenizer.decode(ids)
+
+    def pieces(self) -> Mapping[int, str | bytes] | None:
+        return self._source.pieces
 
     def sync(self) -> None:
         if self._device.type == "cuda":
             self._torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
-        self._model = self._cache = None
+        self._model = self._decoder = None
 
 
 def open_torch(root: Path, options: LoadOptions) -> TorchBackend:

@@ -41,7 +41,8 @@ def parser() -> Parser:
 
 
 def load_options(arguments: argparse.Namespace) -> LoadOptions:
-    return LoadOptions(arguments.threads, arguments.device, arguments.context)
+    names = ("threads", "device", "context", "provider", "prefill_chunk")
+    return LoadOptions(**{name: getattr(arguments, name) for name in names})
 
 
 def _add(commands: argparse._SubParsersAction[Parser], name: str, text: str, example: str, run: Command) -> Parser:
@@ -66,6 +67,16 @@ def _loading(command: Parser) -> None:
     )
     command.add_argument(
         "--context", type=int, default=defaults.context, help="upper limit on the context (default: %(default)s tokens)"
+    )
+    command.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=defaults.prefill_chunk,
+        metavar="N",
+        help="prompt tokens between two looks at a cancel; fewer stop sooner (default: %(default)s)",
+    )
+    command.add_argument(
+        "--provider", default=defaults.provider, help="ONNX on a GPU: tensorrt for the vision encoder (default: CUDA)"
     )
 
 
@@ -163,7 +174,8 @@ def _serve(commands: argparse._SubParsersAction[Parser]) -> None:
 
         from runtime.serve_command import serve
 
-        return serve(arguments, replace(load_options(arguments), queue_size=arguments.queue))
+        caches = {"queue_size": arguments.queue, "image_cache_mb": arguments.image_cache_mb}
+        return serve(arguments, replace(load_options(arguments), **caches))
 
     example = "serve artifacts/student-gguf --port 8080"
     command = _add(commands, "serve", "OpenAI-compatible HTTP server for one artefact.", example, run)
@@ -178,6 +190,9 @@ def _serve(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     command.add_argument("--max-new-tokens", type=int, default=2048, help="longest answer (default: %(default)s)")
     command.add_argument("--max-images", type=int, default=8, help="per conversation (default: %(default)s)")
+    command.add_argument(
+        "--image-cache-mb", type=int, default=256, help="kept image embeddings; 0 for none (default: %(default)s)"
+    )
     command.add_argument("--max-body-mb", type=natural, default=16, help="per request (default: %(default)s)")
     _loading(command)
 

@@ -38,6 +38,7 @@ from runtime.run import Job, Listener, RemoteRun, Shared, StepRun
 __all__ = ["Engine", "EngineStats", "EventStream", "Listener", "Warmup"]
 
 WARMUP_SIDE = 224
+LAST = (Done, Failed)  # not `Done | Failed`: that makes a new type object each time it is evaluated
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ class Engine:
 
         def listen(event: Event | Failed) -> None:
             events.append(event)
-            if isinstance(event, Done | Failed):
+            if isinstance(event, LAST):
                 ended.set()
 
         self.submit(messages, sampling, listener=listen, cancel=cancel, deadline_s=deadline_s, reuse=reuse, sync=sync)
@@ -273,7 +274,7 @@ class EventStream(Iterator[Event]):
         if self._ended:
             raise StopIteration
         event = self._events.get()
-        self._ended = isinstance(event, Done | Failed)
+        self._ended = isinstance(event, LAST)
         if isinstance(event, Failed):
             raise event.error
         return event

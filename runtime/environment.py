@@ -86,22 +86,3 @@ def _first_line(path: str) -> str | None:
         return Path(path).read_text().splitlines()[0]
     except (OSError, IndexError):
         return None
-
-
-def peak_rss() -> tuple[int | None, str]:
-    """Largest resident memory this process has had, in bytes, and how it was read.
-
-    VmHWM first: `ru_maxrss` of a child also counts what its parent held before exec.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024, "VmHWM of a process that loads one model"
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None, "not available on this system"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024), "ru_maxrss of a process that loads one model"

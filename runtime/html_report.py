@@ -80,7 +80,8 @@ def _key(names: Sequence[str], colours: Sequence[str]) -> str:
 
 
 def _speed(profiles: Sequence[dict[str, Any]]) -> str:
-    header = ["model", "TTFT p50 ms", "p90", "p99", "TPOT p50 ms", "p90", "tokens/s", "size MB", "peak MB", "requests"]
+    header = ["model", "TTFT p50 ms", "p90", "p99", "TPOT p50 ms", "p90", "tokens/s", "size MB", "peak MB", "device MB"]
+    header += ["requests"]
     rows = []
     for p in profiles:
         ttft, tpot = p["metrics"]["ttft_ms"], p["metrics"]["tpot_ms"]
@@ -92,6 +93,7 @@ def _speed(profiles: Sequence[dict[str, Any]]) -> str:
                 number(p["throughput"]["decode_tok_s"], 1, 0),
                 number(p["model"]["artifact_bytes"], 1e6, 1),
                 number(p["memory_mb"]["peak_rss"], 1, 0),
+                number(p["memory_mb"]["peak_device"], 1, 0),
                 str(p["counts"]["requests"]),
             ]
         )

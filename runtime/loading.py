@@ -24,7 +24,7 @@ def load(artifact: str | Path, backend: str = "auto", **options: Any) -> Engine:
         artifact: directory with a manifest.json, a LLaVA checkpoint directory (PyTorch), or the address of an
             OpenAI-compatible server.
         backend: one of BACKENDS, or `auto`: the manifest's format, `torch` for a checkpoint, `openai` for an address.
-        options: fields of `runtime.options.LoadOptions` (threads, device, context, queue_size).
+        options: fields of `runtime.options.LoadOptions` (threads, device, context, queue_size, ...).
 
     Raises:
         UserError: unknown backend or option, or the backend does not run this format.
@@ -61,6 +61,8 @@ def _open(root: Path, backend: str, options: LoadOptions) -> Backend:
     if not root.is_dir():
         raise UserError(f"{root} is not a directory; name an artefact or a checkpoint directory")
     is_artifact = (root / NAME).is_file()
+    if options.provider != "auto" and not (is_artifact and read_manifest(root).format == "onnx"):
+        raise UserError(f"{root}: a provider is chosen for ONNX artefacts only; leave --provider out")
     if backend == "torch" or (backend == "auto" and not is_artifact and (root / "config.json").is_file()):
         if is_artifact:
             raise UserError(f"{root} is an artefact, backend torch runs checkpoints; use `--backend auto`")

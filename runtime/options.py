@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from vlm.errors import UserError
 
 Device = Literal["cpu", "cuda"]
+Provider = Literal["auto", "tensorrt"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LoadOptions:
         queue_size: requests that may wait while one runs.
         image_cache_mb: room for image embeddings kept for later requests; 0 keeps none.
         prefill_chunk: prompt tokens computed between two looks at the cancel flag.
+        provider: ONNX artefacts on a GPU: `tensorrt` lets ONNX Runtime build a TensorRT engine of the vision encoder.
     """
 
     threads: int = 1
@@ -30,6 +32,7 @@ class LoadOptions:
     queue_size: int = 8
     image_cache_mb: int = 256
     prefill_chunk: int = 512
+    provider: Provider = "auto"
 
     def __post_init__(self) -> None:
         for name in ("threads", "context", "queue_size", "prefill_chunk"):
@@ -39,6 +42,10 @@ class LoadOptions:
             raise UserError(f"image_cache_mb is {self.image_cache_mb}; give 0 (keep none) or more")
         if self.device not in get_args(Device):
             raise UserError(f"device is {self.device!r}; known: {', '.join(get_args(Device))}")
+        if self.provider not in get_args(Provider):
+            raise UserError(f"provider is {self.provider!r}; known: {', '.join(get_args(Provider))}")
+        if self.provider != "auto" and self.device != "cuda":
+            raise UserError(f"provider {self.provider} needs a GPU; add `--device cuda`")
 
 
 def options_from(values: dict[str, Any]) -> LoadOptions:

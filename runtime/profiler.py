@@ -101,6 +101,7 @@ class Measured:
     peak_rss: int | None = None
     peak_device: int | None = None
     memory_method: str = ""
+    device_method: str = ""
 
 
 @dataclass
@@ -290,7 +291,7 @@ class Profiler:
         request = self._request([turn("user", self._options.question, png)], "none", sync)
         reply = runner.ask(request)
         result.peak_rss, result.peak_device = reply["peak_rss"], reply["peak_device"]
-        result.memory_method = reply["memory_method"]
+        result.memory_method, result.device_method = reply["memory_method"], reply["device_method"]
         return reply["failed"] if "failed" in reply else Timing.from_json(reply["timing"])
 
     def _ask(self, runner: Runner, turns: Sequence[dict[str, Any]], reuse: str, tokens: int = 2) -> Timing | str:

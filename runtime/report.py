@@ -129,6 +129,7 @@ def _profile(
             "peak_rss": None if result.peak_rss is None else result.peak_rss / 1e6,
             "peak_device": None if result.peak_device is None else result.peak_device / 1e6,
             "method": result.memory_method,
+            "device_method": result.device_method,
         },
         "energy": energy,
         "energy_note": note,

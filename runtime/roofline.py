@@ -123,7 +123,7 @@ def roofline_json(
     head = model.get("lm_head_bytes")
     share = head / weights if head else None
     fits = cache_bytes is not None and per_token <= cache_bytes and model.get("device") == "cpu"
-    found = verdict(mbu, fits, tpot_cv, throttled_s, share, str(model.get("device")))
+    found = verdict(mbu, fits, tpot_cv, throttled_s, share, str(model.get("device")), str(model.get("backend")))
     return {
         "bytes_per_token": per_token,
         "achieved_gbs": achieved,
@@ -141,7 +141,13 @@ def roofline_json(
 
 
 def verdict(
-    mbu: float | None, fits_cache: bool, tpot_cv: float, throttled_s: float | None, head: float | None, device: str
+    mbu: float | None,
+    fits_cache: bool,
+    tpot_cv: float,
+    throttled_s: float | None,
+    head: float | None,
+    device: str,
+    backend: str = "",
 ) -> Verdict:
     """One line in the manner of trtexec: what bounds decoding, and what to do about it."""
     if throttled_s:
@@ -158,5 +164,7 @@ def verdict(
     if mbu >= BOUND_FROM:
         share = "" if head is None else f" (the output head alone is {100 * head:.0f} % of them)"
         return Verdict("bandwidth_bound", f"bandwidth-bound ({percent}): fewer bytes per token help{share}")
-    help_ = "use CUDA graphs" if device == "cuda" else "fewer, larger operators or more threads help"
+    help_ = "fewer, larger operators or more threads help"
+    if device == "cuda":  # PyTorch here and llama.cpp replay their steps as CUDA graphs already
+        help_ = "use CUDA graphs" if backend not in ("torch", "gguf") else "fewer, larger kernels help"
     return Verdict("launch_bound", f"launch-bound ({percent}): {help_}; smaller weights will not")

@@ -29,6 +29,7 @@ from runtime.api import (
     Reuse,
     Sampling,
     Span,
+    SpellsTokens,
     Stage,
     StreamBackend,
     Sync,
@@ -39,7 +40,7 @@ from runtime.cache import Context, ImageCache, prompt_keys
 from runtime.clock import Clock
 from runtime.images import decode_image
 from runtime.sampling import Sampler
-from runtime.text import Detokenizer, StopStrings
+from runtime.text import Detokenizer, StopStrings, TableDetokenizer
 from vlm.errors import UserError
 
 Listener: TypeAlias = "Callable[[Event | Failed], None]"
@@ -197,11 +198,9 @@ class StepRun(_Timed):
         """One embedding per image; None for those the kept context covers."""
         if not prompt.images:
             return []
-        self._check()
         images, tokens = self.shared.images, self.backend.info.tokens_per_image
         embeds: list[Any] = [None] * len(prompt.images)
         missing: dict[str, list[int]] = {}
-        computed = 0
         for at, image in enumerate(prompt.images):
             if image.start + tokens <= kept:
                 continue
@@ -211,14 +210,15 @@ class StepRun(_Timed):
                 # the same picture twice in one request is encoded once only where caches may be used
                 key = image.digest if self.job.reuse != "none" else f"{image.digest} {at}"
                 missing.setdefault(key, []).append(at)
-        if missing:
-            fresh = self.backend.encode([prompt.images[places[0]] for places in missing.values()])
-            computed = len(fresh)
-            for places, embeds_TD in zip(missing.values(), fresh, strict=True):
-                for at in places:
-                    embeds[at] = embeds_TD
-                if self.job.reuse != "none":
-                    images.put(prompt.images[places[0]].digest, embeds_TD)
+        for places in missing.values():  # one at a time, so that a request can be stopped between two pictures
+            self._check()
+            image = prompt.images[places[0]]
+            (embeds_TD,) = self.backend.encode([image])
+            for at in places:
+                embeds[at] = embeds_TD
+            if self.job.reuse != "none":
+                images.put(image.digest, embeds_TD)
+        computed = len(missing)
         if self.job.sync != "none":
             self.backend.sync()
         self.usage = replace(self.usage, cached_images=len(prompt.images) - computed)
@@ -244,39 +244,48 @@ class StepRun(_Timed):
         return logits_V
 
     def _decode(self, logits_V: Logits, prompt: Prompt, sample: Sampler, limit: int, kept: int) -> Finish:
-        job, context, step = self.job, self.shared.context, self.backend.step
+        """Every microsecond here is paid per token, so names are local and nothing is made that nobody asked for."""
+        job, step, emit, spans = self.job, self.backend.step, self.job.listener, self.spans
+        taken_in, keep, now = self.shared.context.add_one, self.pieces.append, self.shared.clock.now_ns
         end_ids = () if job.sampling.ignore_eos else self.backend.info.eos_token_ids
-        detokenizer, stops = Detokenizer(self.backend.detokenize), StopStrings(job.sampling.stop)
+        detokenizer, stops = self._detokenizer(), StopStrings(job.sampling.stop)
         sync = self.backend.sync if job.sync == "all" else None
+        end_ns = 0
         for count in range(1, limit + 1):
             token_id = sample(logits_V)
             if count == 1:
                 last_chunk = (len(prompt.ids) - kept - 1) % self.shared.prefill_chunk + 1
                 t_ns = self._lap("prefill", last_chunk, announce=True, cached_tokens=kept)
             else:
-                t_ns = self._lap("decode", 1)
+                t_ns = now()
+                spans.append(Span("decode", end_ns, t_ns, 1))
             ended = token_id in end_ids
             piece, stopped = stops.add("" if ended else detokenizer.add(token_id))
             if not stopped and (ended or count == limit):
                 tail, stopped = stops.add(detokenizer.flush())
                 piece += tail + ("" if stopped else stops.flush())
-            self.pieces.append(piece)
+            keep(piece)
             self.completion_tokens = count
-            job.listener(Token(token_id, piece, t_ns))
-            self._lap("detokenize")
+            emit(Token(token_id, piece, t_ns))
+            end_ns = now()
+            spans.append(Span("detokenize", t_ns, end_ns))
             if ended or stopped:
                 return "stop"
             if count < limit:
                 try:
                     self._check()
                 except _Stopped:
-                    self.pieces.append(stops.flush())
+                    keep(stops.flush())
                     raise
                 logits_V = step(token_id)
-                context.add_one(token_id)
+                taken_in(token_id)
                 if sync is not None:
                     sync()
         return "length"
+
+    def _detokenizer(self) -> Detokenizer | TableDetokenizer:
+        pieces = self.backend.pieces() if isinstance(self.backend, SpellsTokens) else None
+        return Detokenizer(self.backend.detokenize) if pieces is None else TableDetokenizer(pieces)
 
     def _limit(self, prompt_tokens: int) -> int:
         have = self.backend.info.context_length

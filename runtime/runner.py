@@ -20,9 +20,9 @@ from typing import IO, Any, Protocol
 
 from runtime.api import Done, EncodedImage, Event, Failed, Message, Part, Role, Sampling, Span, Token
 from runtime.engine import Engine
-from runtime.environment import peak_rss
 from runtime.images import question
 from runtime.latency import timing
+from runtime.memory import DeviceMemory, peak_rss
 from runtime.options import LoadOptions
 from runtime.roofline import device_bandwidth, host_bandwidth
 from vlm.errors import MissingPiece, ToolError, UserError
@@ -53,8 +53,9 @@ class EngineRunner:
         {"bandwidth_s": s}: gives `gbs` of the device the model runs on
     """
 
-    def __init__(self, engine: Engine, load_s: float) -> None:
+    def __init__(self, engine: Engine, load_s: float, memory: DeviceMemory | None = None) -> None:
         self._engine = engine
+        self._memory = memory or DeviceMemory(engine.info.device)
         self.load_s = load_s
         self.info = {name: getattr(engine.info, name) for name in engine.info.__dataclass_fields__}
 
@@ -66,7 +67,9 @@ class EngineRunner:
         except ToolError as error:
             reply = {"failed": error.message}
         peak, method = peak_rss()
-        return {**reply, "peak_rss": peak, "memory_method": method, "peak_device": peak_device()}
+        device, device_method = self._memory.look()
+        memory = {"peak_rss": peak, "memory_method": method, "peak_device": device, "device_method": device_method}
+        return {**reply, **memory}
 
     def close(self) -> None:
         self._engine.close()
@@ -129,14 +132,6 @@ def _messages(request: dict[str, Any]) -> list[Message]:
 def _sampling(request: dict[str, Any]) -> Sampling:
     # lengths are fixed, so that every model does the same work
     return Sampling(max_new_tokens=request["output_tokens"], ignore_eos=True)
-
-
-def peak_device() -> int | None:
-    """Most bytes PyTorch held on the GPU; None where it is not in use."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return None
-    return int(torch.cuda.max_memory_allocated())
 
 
 class ProcessRunner:

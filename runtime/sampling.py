@@ -31,7 +31,7 @@ class Sampler:
 
     def __call__(self, logits_V: Logits) -> int:
         if self._plain:
-            return int(np.argmax(logits_V))
+            return int(logits_V.argmax())
         if self._constraint is not None:
             logits_V = self._constraint.mask(logits_V)
             if np.isneginf(logits_V).all():

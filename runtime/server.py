@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from runtime.api import Done, Event, Failed, QueueFull, Token
+from runtime.api import Done, Event, Failed, Token
 from runtime.engine import Engine, EngineStats
+from runtime.http_errors import HttpError, error_response, from_failure
 from runtime.latency import timing
 from runtime.metrics import Metrics
 from runtime.openai_format import FINISH, ChatRequest, Limits, NoSuchModel, parse, timings_json, usage_json
@@ -39,7 +41,6 @@ from vlm.errors import UserError
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 BODY_S = 30.0
 DISCARD_BYTES = 64 << 20
-RETRY_S = "1"
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,6 @@ class ServerOptions:
     hosts: tuple[str, ...] = LOOPBACK
     in_flight: int = 24
     answer_s: float = 300.0
-
-
-class HttpError(Exception):
-    """Ends a request with this status and an OpenAI error object."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
 
 
 class Service:
@@ -115,13 +108,13 @@ def make_app(service: Service) -> Starlette:
                 response: Response = await handler(request, service)
             except HttpError as error:
                 await _discard(request)
-                response = _error(error)
+                response = error_response(error)
             except ClientDisconnect:
                 response = Response(status_code=400)  # nobody is there to read it
             except Exception as error:
                 logging.getLogger(__name__).error("a request failed", exc_info=error)
                 message = "the server failed on this request; its log says why"
-                response = _error(HttpError(503, "server_failed", message))
+                response = error_response(HttpError(503, "server_failed", message))
             service.metrics.response(response.status_code)
             return response
 
@@ -146,17 +139,11 @@ def _authorise(request: Request, key: str) -> None:
         raise HttpError(401, "invalid_api_key", "the API key is missing or wrong; send it as a bearer token")
 
 
-def _error(error: HttpError) -> JSONResponse:
-    kinds = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
-    headers = {"Retry-After": RETRY_S} if error.status in (429, 503) else None
-    kind = kinds.get(error.status, "invalid_request_error")
-    body = {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
-    return JSONResponse(body, error.status, headers)
-
-
 def _http_exception(_: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 400
-    return _error(HttpError(status, "not_found" if status == 404 else "bad_request", f"HTTP {status}; see /v1/models"))
+    return error_response(
+        HttpError(status, "not_found" if status == 404 else "bad_request", f"HTTP {status}; see /v1/models")
+    )
 
 
 async def _health(_: Request, service: Service) -> Response:
@@ -201,7 +188,7 @@ async def _chat(request: Request, service: Service) -> Response:
             # decoding base64 and image headers takes milliseconds: not in the loop that answers /health
             chat = await run_in_threadpool(parse, body, service.name, service.options.limits)
         except UserError as error:
-            raise _from_failure(error) from None
+            raise from_failure(error) from None
         del body
         answer = _Answer(service, engine, chat)
         place.callback(answer.cancel.set)
@@ -266,24 +253,15 @@ async def _discard(request: Request) -> None:
                 return
 
 
-def _from_failure(error: Exception) -> HttpError:
-    if isinstance(error, QueueFull):
-        return HttpError(429, error.code, "too many requests are waiting; try again later")
-    if isinstance(error, NoSuchModel):
-        return HttpError(404, error.code, error.message)
-    if isinstance(error, UserError):
-        return HttpError(400, error.code, error.message)
-    logging.getLogger(__name__).error("the model failed", exc_info=error)
-    return HttpError(503, "model_failed", "the model failed on this request; the server's log says why")
-
-
 class _Answer:
     """One request on its way through the engine, seen from the event loop; set `cancel` however it ends."""
 
     def __init__(self, service: Service, engine: Engine, chat: ChatRequest) -> None:
         self._service, self._engine, self._chat = service, engine, chat
         self.cancel = threading.Event()
-        self._arrived: asyncio.Queue[Event | Failed] = asyncio.Queue()
+        self._arrived: deque[Event | Failed] = deque()  # filled by the engine's thread, emptied by the loop
+        self._some = asyncio.Event()
+        self._waking = False
         self._events: list[Event] = []
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -296,8 +274,15 @@ class _Answer:
         loop = asyncio.get_running_loop()
 
         def listen(event: Event | Failed) -> None:  # on the engine's thread
-            with contextlib.suppress(RuntimeError):  # the loop is gone: the server is shutting down
-                loop.call_soon_threadsafe(self._arrived.put_nowait, event)
+            self._arrived.append(event)
+            if not self._waking:  # one call for all that comes before the loop gets to it
+                self._waking = True
+                with contextlib.suppress(RuntimeError):  # the loop is gone: the server is shutting down
+                    loop.call_soon_threadsafe(wake)
+
+        def wake() -> None:
+            self._waking = False  # before the queue is read: what comes now calls again
+            self._some.set()
 
         try:
             self._engine.submit(
@@ -309,14 +294,27 @@ class _Answer:
                 reuse=self._chat.reuse,
             )
         except UserError as error:
-            raise _from_failure(error) from None
+            raise from_failure(error) from None
 
     async def _next(self) -> Event:
-        event = await self._arrived.get()
+        while not self._arrived:
+            self._some.clear()
+            await self._some.wait()
+        return self._took(self._arrived.popleft())
+
+    def _took(self, event: Event | Failed) -> Event:
         if isinstance(event, Failed):
-            raise _from_failure(event.error)
+            raise from_failure(event.error)
         self._events.append(event)
         return event
+
+    def _text_so_far(self, text: str) -> str:
+        """`text` and that of all tokens waiting behind it: what is ready together travels together."""
+        pieces = [text]
+        while self._arrived and isinstance(self._arrived[0], Token):
+            event = self._took(self._arrived.popleft())
+            pieces.append(event.text if isinstance(event, Token) else "")
+        return "".join(pieces)
 
     def _finish(self, done: Done) -> dict[str, Any]:
         measured = timing(self._events)
@@ -351,9 +349,9 @@ class _Answer:
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             while not isinstance(event, Done):
-                if isinstance(event, Token) and event.text:
-                    said += event.text
-                    yield self._chunk({"content": event.text})
+                if isinstance(event, Token) and (text := self._text_so_far(event.text)):
+                    said += text
+                    yield self._chunk({"content": text})
                 event = await self._next()
             if rest := event.text[len(said) :]:
                 yield self._chunk({"content": rest})
@@ -364,7 +362,7 @@ class _Answer:
                 yield _sse({**last, "timings": timings})
             yield b"data: [DONE]\n\n"
         except HttpError as error:  # the status is sent already: the error travels as an event
-            yield b"data: " + bytes(_error(error).body) + b"\n\n"
+            yield b"data: " + bytes(error_response(error).body) + b"\n\n"
 
     def _chunk(self, delta: dict[str, str], finish: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}

@@ -5,8 +5,9 @@ Needs `tokenizers` and `jinja2`; never torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image as Pillow
 from runtime.api import Image, Message, ModelInfo, PreparedImage, Prompt
 from runtime.images import chat_message, to_pillow
 from runtime.options import LoadOptions
+from runtime.text import ByteLevelPieces
 from vlm.chat import ChatSpec, ChatTokenizer
 from vlm.errors import ArtifactError, MissingPiece, UserError
 from vlm.manifest import NAME, Manifest, check_files, read_manifest
@@ -67,6 +69,16 @@ class Source:
             verified=None if self.manifest is None else self.manifest.verified,
             preprocess_sha256=hashlib.sha256(repr(self.image).encode()).hexdigest(),
         )
+
+    @functools.cached_property
+    def pieces(self) -> Mapping[int, str | bytes] | None:
+        """Text of every token by itself; None for a tokenizer where it depends on the tokens around."""
+        from tokenizers.decoders import ByteLevel
+
+        tokenizer = self.tokenizer.tokenizer
+        if not isinstance(tokenizer.decoder, ByteLevel):
+            return None
+        return ByteLevelPieces(tokenizer, self.tokenizer.special_ids)
 
     def path_of(self, role: str) -> Path:
         if self.manifest is None:

@@ -16,7 +16,9 @@ HEADER = ["artefact", "backend", "precision", "size MB", "TTFT p50 ms", "p90", "
 def tables(profile: dict[str, Any]) -> str:
     """All tables, Markdown."""
     profiles = profile["profiles"]
-    parts = [table(HEADER, [_speed(p) for p in profiles]), table(*_stages(profiles))]
+    on_device = any(p["memory_mb"]["peak_device"] is not None for p in profiles)
+    header = [*HEADER, "device MB"] if on_device else HEADER
+    parts = [table(header, [_speed(p)[: len(header)] for p in profiles]), table(*_stages(profiles))]
     if follow_ups := [p for p in profiles if p["follow_up"]]:
         parts.append(table(*_follow_ups(follow_ups)))
     parts.append(table(*_limits(profiles)))
@@ -57,6 +59,7 @@ def _speed(p: dict[str, Any]) -> list[str]:
         number(p["metrics"]["tpot_ms"]["p50"]),
         number(p["throughput"]["decode_tok_s"], 1, 0),
         number(p["memory_mb"]["peak_rss"], 1, 1),
+        number(p["memory_mb"]["peak_device"], 1, 1),
     ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import codecs
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 INCOMPLETE = "\ufffd"
 MAX_PENDING = 8  # a character has at most four bytes; more pending tokens than this are really broken text
@@ -45,6 +47,64 @@ class Detokenizer:
         if self._before is None:
             self._before = self._decode(self._window[: self._given])
         return self._before
+
+
+class TableDetokenizer:
+    """The same for tokenizers whose tokens are bytes (GPT-2's byte-level BPE: Qwen, Llama 3, SmolLM): a look into a table.
+
+    Args:
+        pieces: text of every token id; bytes where it is not whole characters.
+    """
+
+    def __init__(self, pieces: Mapping[int, str | bytes]) -> None:
+        self._pieces = pieces
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._inside = False  # a character has begun and is not whole yet
+
+    def add(self, token_id: int) -> str:
+        """Text that became certain with this token; "" while a character is incomplete."""
+        piece = self._pieces[token_id]
+        if isinstance(piece, str):
+            if not self._inside:
+                return piece
+            piece = piece.encode()
+        text = self._utf8.decode(piece)
+        self._inside = bool(self._utf8.getstate()[0])
+        return text
+
+    def flush(self) -> str:
+        """The rest at the end of an answer, incomplete characters as U+FFFD."""
+        self._inside = False
+        return self._utf8.decode(b"", final=True)
+
+
+class ByteLevelPieces(dict[int, "str | bytes"]):
+    """Token id -> text for a tokenizer with the byte-level decoder, worked out at first use."""
+
+    def __init__(self, tokenizer: Any, special_ids: frozenset[int]) -> None:
+        super().__init__(dict.fromkeys(special_ids, ""))
+        self._tokenizer = tokenizer
+        self._byte_of = {character: byte for byte, character in byte_characters().items()}
+
+    def __missing__(self, token_id: int) -> str | bytes:
+        token = self._tokenizer.id_to_token(token_id) or ""
+        try:
+            data = bytes(self._byte_of[character] for character in token)
+        except KeyError:  # a token added later stands for itself
+            data = token.encode()
+        try:
+            piece: str | bytes = data.decode()
+        except UnicodeDecodeError:
+            piece = data
+        self[token_id] = piece
+        return piece
+
+
+def byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (Radford et al. 2019, GPT-2's encoder)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in set(shown)]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + at) for at, byte in enumerate(hidden)}
 
 
 class StopStrings:

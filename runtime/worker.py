@@ -10,6 +10,8 @@ import time
 from typing import IO, Any
 
 from runtime.loading import load
+from runtime.memory import DeviceMemory
+from runtime.meters import open_nvml
 from runtime.runner import EngineRunner
 from vlm.errors import ToolError
 
@@ -20,6 +22,7 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not end up between the JSON lines
     job = json.loads(sys.argv[1])
+    memory = DeviceMemory(job["options"]["device"], nvml=open_nvml())
     started = time.perf_counter()
     try:
         engine = load(job["artifact"], job["backend"], **job["options"])
@@ -27,7 +30,7 @@ def main() -> int:
         _send(out, {"error": error.message, "exit_code": error.exit_code})
         return error.exit_code
     with engine:
-        runner = EngineRunner(engine, time.perf_counter() - started)
+        runner = EngineRunner(engine, time.perf_counter() - started, memory)
         _send(out, {"info": runner.info, "load_s": runner.load_s})
         for line in sys.stdin:
             _send(out, runner.ask(json.loads(line)))

@@ -41,8 +41,20 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_student(tmp_path_factory.mktemp("student") / "tiny", seed=3)
 
 
-def _export(target: str, precision: str, student: Path, out: Path) -> Path:
-    options = ["--target", target, "--precision", precision, "--student", student, "--out", out, "--samples", "4"]
+def export(target: str, precision: str, student: Path, out: Path, *more: str) -> Path:
+    options = [
+        "--target",
+        target,
+        "--precision",
+        precision,
+        "--student",
+        student,
+        "--out",
+        out,
+        "--samples",
+        "4",
+        *more,
+    ]
     result = run_module(["export", *options])
     assert result.returncode == 0, result.stderr
     return out
@@ -51,13 +63,13 @@ def _export(target: str, precision: str, student: Path, out: Path) -> Path:
 @pytest.fixture(scope="session")
 def onnx_artifact(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
-    return _export("onnx", "fp32", student, tmp_path_factory.mktemp("onnx") / "tiny-onnx")
+    return export("onnx", "fp32", student, tmp_path_factory.mktemp("onnx") / "tiny-onnx")
 
 
 @pytest.fixture(scope="session")
 def gguf_artifact(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-    return _export("gguf", "f16", student, tmp_path_factory.mktemp("gguf") / "tiny-gguf")
+    return export("gguf", "f16", student, tmp_path_factory.mktemp("gguf") / "tiny-gguf")
 
 
 @pytest.fixture

@@ -17,16 +17,18 @@ from runtime.backend_onnx import OnnxBackend, open_onnx
 from runtime.backend_torch import TorchBackend, open_torch
 from runtime.engine import Engine
 from runtime.images import answer, from_pillow, question, to_pillow
+from runtime.onnx_decoder import SharedCache
 from runtime.options import LoadOptions
+from runtime.torch_decoder import StaticCache
 from vlm import digits
-from vlm.errors import MissingPiece
+from vlm.errors import MissingPiece, UserError
 from vlm.manifest import read_manifest
 
-from .conftest import ROOT
+from .conftest import ROOT, export
 
 STEPS = 12
 # a random student's logits have a standard deviation near 1; llama.cpp rounds to float16 inside
-TOLERANCE = {"onnx": 3e-4, "gguf": 3e-2}
+TOLERANCE = {"onnx": 3e-4, "gguf": 3e-2, "shared": 3e-4, "static": 1e-4}
 
 
 def picture(index: int) -> Image:
@@ -77,13 +79,81 @@ def forced_logits(backend: Backend, messages: list[Message]) -> np.ndarray:
     """logits_SV of the prompt's end and of fixed tokens after it: a difference shows even where the argmax agrees."""
     prompt = backend.prepare(messages)
     embeds = backend.encode(prompt.images) if prompt.images else []
-    rows = [backend.prefill(prompt, embeds)]
-    rows += [backend.step(int(token_id)) for token_id in np.random.default_rng(0).integers(4, 300, STEPS)]
+    rows = [backend.prefill(prompt, embeds).copy()]  # a backend's logits hold until its next call
+    rows += [backend.step(int(token_id)).copy() for token_id in np.random.default_rng(0).integers(4, 300, STEPS)]
     return np.stack(rows)
 
 
+@pytest.fixture(scope="module")
+def shared_backend(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnnxBackend]:
+    """float32 with ONNX Runtime's own attention, whose cache is one buffer for input and output."""
+    artifact = export("onnx", "fp32", student, tmp_path_factory.mktemp("shared") / "tiny-ort", "--flavour", "ort")
+    backend = open_onnx(artifact, LoadOptions(context=700), read_manifest(artifact))
+    assert isinstance(backend._context, SharedCache)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def static_backend(student: Path) -> Iterator[TorchBackend]:
+    """What PyTorch does on a GPU, without the CUDA graph around it."""
+    import torch
+
+    backend = open_torch(student, LoadOptions(context=700))
+    backend._decoder = StaticCache(torch, backend._model, 700, graph=False)
+    yield backend
+    backend.close()
+
+
+@pytest.mark.gpu
+def test_a_replayed_cuda_graph_gives_the_same_logits(student: Path, torch_backend: TorchBackend) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    backend = open_torch(student, LoadOptions(device="cuda", context=700))
+    try:
+        for messages in CONVERSATIONS.values():
+            expected, got = forced_logits(torch_backend, messages), forced_logits(backend, messages)
+            assert np.abs(expected - got).max() < 1e-3 * max(1.0, float(expected.std()))
+        assert backend._decoder._graph is not None
+    finally:
+        backend.close()
+
+
+def test_an_onnx_provider_that_does_not_start_is_said(onnx_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime prints a line and goes on with the processor; the figures would be the processor's."""
+    import onnxruntime
+
+    available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    asked: list[list[str]] = []
+    session = onnxruntime.InferenceSession
+
+    def without_gpu(path: str, settings: object, providers: list[object]) -> object:
+        asked.append([name[0] if isinstance(name, tuple) else str(name) for name in providers])
+        return session(path, settings, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_gpu)
+    with pytest.raises(MissingPiece, match="could not start CUDAExecutionProvider"):
+        load(onnx_artifact, device="cuda")
+    monkeypatch.setenv("HOME", "/dev/null")  # nowhere to keep engines: no reason to fail
+    with pytest.raises(MissingPiece, match="could not start TensorrtExecutionProvider"):
+        load(onnx_artifact, device="cuda", provider="tensorrt")
+    assert asked == [["CUDAExecutionProvider"], ["TensorrtExecutionProvider", "CUDAExecutionProvider"]]
+
+
+def test_a_provider_is_chosen_for_onnx_on_a_gpu_only(gguf_artifact: Path, onnx_artifact: Path) -> None:
+    with pytest.raises(UserError, match="for ONNX artefacts only"):
+        load(gguf_artifact, device="cuda", provider="tensorrt")
+    with pytest.raises(UserError, match="needs a GPU"):
+        load(onnx_artifact, provider="tensorrt")
+    with pytest.raises(UserError, match="provider is 'openvino'"):
+        load(onnx_artifact, provider="openvino")
+
+
 @pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("kind", ["onnx", "gguf"])
+@pytest.mark.parametrize("kind", ["onnx", "gguf", "shared", "static"])
 def test_logits_equal_torch(kind: str, name: str, torch_backend: TorchBackend, request: pytest.FixtureRequest) -> None:
     backend: Backend = request.getfixturevalue(f"{kind}_backend")
     messages = CONVERSATIONS[name]
@@ -93,12 +163,28 @@ def test_logits_equal_torch(kind: str, name: str, torch_backend: TorchBackend, r
     assert np.abs(expected - got).max() < TOLERANCE[kind] * max(1.0, float(expected.std()))
 
 
-@pytest.mark.parametrize("kind", ["torch", "onnx", "gguf"])
+@pytest.mark.parametrize("kind", ["torch", "onnx", "gguf", "shared", "static"])
 def test_a_request_leaves_nothing_behind(kind: str, request: pytest.FixtureRequest) -> None:
     backend: Backend = request.getfixturevalue(f"{kind}_backend")
     first = forced_logits(backend, CONVERSATIONS["one image"])
     forced_logits(backend, CONVERSATIONS["two images"])
     assert np.array_equal(first, forced_logits(backend, CONVERSATIONS["one image"]))
+
+
+@pytest.mark.parametrize("kind", ["shared", "static"])
+def test_caches_of_fixed_size_take_prompts_in_pieces_and_go_back(kind: str, request: pytest.FixtureRequest) -> None:
+    backend: Backend = request.getfixturevalue(f"{kind}_backend")
+    prompt = backend.prepare(CONVERSATIONS["two images"])
+    embeds = [backend.encode([image])[0] for image in prompt.images]
+    whole = backend.prefill(prompt, embeds).copy()
+    n, middle = len(prompt.ids), prompt.images[1].start + 3
+    for start in range(0, n, 7):
+        pieces = backend.prefill(prompt, embeds, start, min(start + 7, n)).copy()
+    for token_id in (5, 6, 7):
+        backend.step(token_id)
+    again = backend.prefill(prompt, [None, embeds[1]], middle, n)
+    for got in (pieces, again):
+        assert np.abs(whole - got).max() < 1e-4 * max(1.0, float(whole.std()))
 
 
 def generated(engine: Engine, messages: list[Message]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from PIL import Image as Pillow
@@ -191,6 +192,23 @@ def test_cancel_takes_effect_after_the_current_step() -> None:
     assert isinstance(events[-1], Done)
     assert (events[-1].finish, events[-1].text) == ("cancelled", "abc")
     assert backend.calls.count("step") == 2
+
+
+def test_cancel_takes_effect_between_two_images() -> None:
+    cancel = threading.Event()
+
+    class Interrupted(FakeBackend):
+        def encode(self, images: Any) -> Any:
+            cancel.set()
+            return super().encode(images)
+
+    backend = Interrupted(FakeScript(reply="abc"))
+    with Engine(backend) as engine:
+        images = [picture(value) for value in range(3)]
+        done = last(engine.generate([question("hi", *images)], cancel=cancel))  # type: ignore[arg-type]
+        assert (done.finish, done.text, backend.calls.count("encode")) == ("cancelled", "", 1)
+        again = last(engine.generate([question("hi", *images)]))  # type: ignore[arg-type]
+    assert (again.text, again.usage.cached_images) == ("abc", 1), "the picture that was finished is kept"
 
 
 def test_closing_the_iterator_cancels_only_its_own_request() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from runtime.clock import VirtualClock
 from runtime.energy import Curve, Recorder, energy_json, idle_watts, thermal_json
 from runtime.jetson import jetson
+from runtime.memory import DeviceMemory
 from runtime.meters import HeatProbe, NvmlMeter, RaplMeter, board_meter, find_meter, find_rails, rapl_meter
 
 S = 1_000_000_000
@@ -253,6 +255,37 @@ def test_nvml_without_counter_gives_momentary_power() -> None:
 
     meter = NvmlMeter(PowerOnly(), None)
     assert (meter.source, meter.watts(), meter.joules()) == ("nvml:momentary power", 21.5, None)
+
+
+def test_device_memory_names_its_method_and_is_absent_where_nothing_tells(tmp_path: Path) -> None:
+    def process(megabytes: float | None, pid: int | None = None) -> Any:
+        used = None if megabytes is None else int(megabytes * 1e6)
+        return SimpleNamespace(pid=pid or os.getpid(), usedGpuMemory=used)
+
+    running = [process(900, pid=1), process(300)]
+    nvml = SimpleNamespace(nvmlDeviceGetComputeRunningProcesses=lambda handle: running)
+    memory = DeviceMemory("cuda", tmp_path, (nvml, None))
+    assert memory.look() == (300_000_000, "NVML, this process, sampled after each request")
+    running[:] = [process(500)]
+    assert memory.look()[0] == 500_000_000
+    running[:] = [process(200)]
+    assert memory.look()[0] == 500_000_000, "the peak stays"
+    running[:] = [process(None)]
+    assert DeviceMemory("cuda", tmp_path, (nvml, None)).look()[0] is None
+    refusing = SimpleNamespace()  # NotSupported
+    assert DeviceMemory("cuda", tmp_path, (refusing, None)).look()[0] is None
+    assert DeviceMemory("cuda", tmp_path).look()[0] is None
+    assert DeviceMemory("cpu", tmp_path, (nvml, None)).look() == (None, "the model runs on the processor")
+
+
+def test_a_jetson_has_one_memory_for_both_sides(tmp_path: Path) -> None:
+    root = write(orin_nano(tmp_path), {"proc/meminfo": "MemTotal: 7800000 kB\nMemAvailable: 6000000 kB"})
+    memory = DeviceMemory("cuda", root)
+    for available, peak in ((4000000, 2000000), (5000000, 2000000), (3500000, 2500000)):
+        write(root, {"proc/meminfo": f"MemAvailable: {available} kB"})
+        held, method = memory.look()
+        assert held == peak * 1024
+        assert "MemAvailable" in method
 
 
 def test_jetson_over_current_is_throttling(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -18,8 +19,8 @@ from runtime.api import Done, Event, Failed, Image, Logits
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.engine import Engine
 from runtime.images import question
-from runtime.openai_format import Limits
-from runtime.server import ServerOptions
+from runtime.openai_format import Limits, parse
+from runtime.server import ServerOptions, Service, _Answer
 
 from .serving import Running, png, running, uri, user
 
@@ -87,13 +88,45 @@ def test_openai_client_streams_tokens_usage_and_timings(client: Any) -> None:
     )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
-    said = [c.choices[0].delta.content for c in chunks[1:-2]]
-    assert (said, "".join(said)) == (list("tell me"), "tell me")
+    assert "".join(c.choices[0].delta.content for c in chunks[1:-2]) == "tell me"
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == len("tell me") + 1
     assert chunks[-1].model_extra["timings"]["tpot_ms"] > 0
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_every_token_is_sent_as_soon_as_it_is_there() -> None:
+    backend = Gated()
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    with (
+        running(Engine(backend)) as it,
+        httpx.stream("POST", f"{it.url}/v1/chat/completions", json=body, timeout=30) as reply,
+    ):
+        events = (json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {"))
+        assert next(events)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        for letter in "abcdefgh":  # each is here before the next step may begin
+            assert next(events)["choices"][0]["delta"] == {"content": letter}
+            backend.permits.release()
+        assert next(events)["choices"][0]["finish_reason"] == "stop"
+
+
+def test_tokens_that_are_ready_together_travel_together() -> None:
+    async def main() -> list[str]:
+        service = Service("fake", ServerOptions())
+        with Engine(FakeBackend(FakeScript(reply="hello"))) as engine:
+            request = parse(json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode(), "fake", Limits())
+            answer = _Answer(service, engine, request)
+            first = await answer.start()
+            while not (answer._arrived and isinstance(answer._arrived[-1], Done)):  # until the whole answer waits
+                await asyncio.sleep(0)
+            return [piece.decode() async for piece in answer.stream(first)]
+
+    role, text, end, done = asyncio.run(main())
+    assert '"content":""' in role
+    assert '"content":"hello"' in text
+    assert '"finish_reason":"stop"' in end
+    assert done == "data: [DONE]\n\n"
 
 
 def test_the_second_turn_reports_what_came_from_the_cache(client: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from runtime.api import Sampling
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.engine import Engine
 from runtime.sampling import Sampler, penalised
-from runtime.text import Detokenizer, StopStrings
+from runtime.text import ByteLevelPieces, Detokenizer, StopStrings, TableDetokenizer, byte_characters
 from tests.runtime.test_engine import last, run
 from vlm.errors import UserError
 
@@ -47,6 +49,44 @@ def test_decoding_cost_per_token_does_not_grow() -> None:
     for byte in b"a" * 500:
         pieces.add(byte)
     assert max(lengths) <= 9
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> Any:
+    """A byte-level tokenizer: every byte, a few merges inside characters and across them, added tokens."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the tokenizer extra")
+    byte = byte_characters()
+    pairs = [(byte[0xF0], byte[0x9F]), (byte[0xF0] + byte[0x9F], byte[0x98]), (byte[0xC3], byte[0xB1]), ("a", "b")]
+    pairs += [("ab", byte[0xE2]), (byte[0x20], "a")]
+    words = [*byte.values(), *("".join(pair) for pair in pairs)]
+    model = tokenizers.models.BPE({word: at for at, word in enumerate(words)}, pairs)
+    made = tokenizers.Tokenizer(model)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_tokens(["日本", "plain"])
+    made.add_special_tokens(["<end>"])
+    return made
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, 266), max_size=24))
+def test_the_table_gives_what_the_tokenizer_gives(byte_level: Any, ids: list[int]) -> None:
+    special = frozenset([byte_level.token_to_id("<end>")])
+    table = TableDetokenizer(ByteLevelPieces(byte_level, special))
+    parts = [table.add(token_id) for token_id in ids]
+    whole = byte_level.decode(ids, skip_special_tokens=True)
+    assert "".join(parts) + table.flush() == whole
+    window = Detokenizer(lambda some: byte_level.decode(list(some), skip_special_tokens=True))
+    assert "".join(window.add(token_id) for token_id in ids) + window.flush() == whole
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=20))
+def test_the_table_shows_a_character_with_its_last_byte(text: str) -> None:
+    table = TableDetokenizer({byte: bytes([byte]) for byte in range(256)})
+    shown = ""
+    for at, byte in enumerate(data := text.encode(), 1):
+        shown += table.add(byte)
+        assert shown == data[:at].decode(errors="ignore")
 
 
 @settings(max_examples=300, deadline=None)
