@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from runtime.environment import environment, package_version
@@ -126,6 +127,8 @@ def _energy() -> str:
         return meter.source
     if unreadable_rapl():
         raise MissingPiece("the processor's energy counter is for root only; run `sudo chmod a+r " + RAPL_FILES + "`")
+    if Path("/proc/driver/nvidia/version").is_file():
+        need_package("pynvml", "nvml")
     raise MissingPiece("none found: no INA3221 or INA238, no RAPL, no NVML (profiles then leave energy out)")
 
 

@@ -9,7 +9,7 @@ import atexit
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,18 +118,33 @@ class Engine:
         Raises:
             QueueFull: too many requests wait. EngineClosed: after `close`.
         """
+        self._queue(self._job(messages, sampling, listener, cancel, deadline_s, reuse, sync))
+
+    def _job(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling | None,
+        listener: Listener,
+        cancel: threading.Event | None,
+        deadline_s: float | None,
+        reuse: Reuse,
+        sync: Sync,
+        ended: Callable[[], None] | None = None,
+    ) -> Job:
         received_ns = self.clock.now_ns()
-        deadline_ns = None if deadline_s is None else received_ns + int(deadline_s * 1e9)
-        job = Job(
+        return Job(
             tuple(messages),
             sampling or Sampling(),
             listener,
             cancel or threading.Event(),
             received_ns,
-            deadline_ns,
+            None if deadline_s is None else received_ns + int(deadline_s * 1e9),
             reuse,
             sync,
+            ended,
         )
+
+    def _queue(self, job: Job) -> None:
         with self._lock:  # so that no job slips in behind the end mark of `close`
             if self._closing.is_set():
                 raise EngineClosed(f"the engine of {self.info.name} is closed; load it again")
@@ -186,13 +201,8 @@ class Engine:
         """
         events: list[Event | Failed] = []
         ended = threading.Event()
-
-        def listen(event: Event | Failed) -> None:
-            events.append(event)
-            if isinstance(event, LAST):
-                ended.set()
-
-        self.submit(messages, sampling, listener=listen, cancel=cancel, deadline_s=deadline_s, reuse=reuse, sync=sync)
+        # the listener is the list's own method: nothing of Python runs per token
+        self._queue(self._job(messages, sampling, events.append, cancel, deadline_s, reuse, sync, ended.set))
         ended.wait()
         if isinstance(events[-1], Failed):
             raise events[-1].error
@@ -248,11 +258,16 @@ class Engine:
             except Exception as error:  # whatever a backend raises belongs to this request, not to the worker
                 last = Failed(error)
             self._running, self._requests = False, self._requests + 1
-            try:
-                job.listener(last)
-            except Exception:  # nor does a listener's fault stop the requests behind it
-                logging.getLogger(__name__).exception("a listener failed")
+            self._end(job, last)
         self._backend.close()
+
+    def _end(self, job: Job, last: Event | Failed) -> None:
+        try:
+            job.listener(last)
+            if job.ended is not None:
+                job.ended()
+        except Exception:  # a listener's fault does not stop the requests behind it
+            logging.getLogger(__name__).exception("a listener failed")
 
     def _refuse_waiting(self) -> None:
         while True:
@@ -261,7 +276,7 @@ class Engine:
             except queue.Empty:
                 return
             if job is not None:
-                job.listener(Failed(EngineClosed(f"the engine of {self.info.name} was closed; load it again")))
+                self._end(job, Failed(EngineClosed(f"the engine of {self.info.name} was closed; load it again")))
 
 
 class EventStream(Iterator[Event]):

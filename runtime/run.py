@@ -44,11 +44,12 @@ from runtime.text import Detokenizer, StopStrings, TableDetokenizer
 from vlm.errors import UserError
 
 Listener: TypeAlias = "Callable[[Event | Failed], None]"
+_NEW: Any = tuple.__new__
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request as it waits in line."""
+    """A request as it waits in line; `ended` is called after the listener has had the last event."""
 
     messages: tuple[Message, ...]
     sampling: Sampling
@@ -58,6 +59,7 @@ class Job:
     deadline_ns: int | None
     reuse: Reuse
     sync: Sync
+    ended: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -243,12 +245,14 @@ class StepRun(_Timed):
             self.backend.sync()
         return logits_V
 
-    def _decode(self, logits_V: Logits, prompt: Prompt, sample: Sampler, limit: int, kept: int) -> Finish:
-        """Every microsecond here is paid per token, so names are local and nothing is made that nobody asked for."""
-        job, step, emit, spans = self.job, self.backend.step, self.job.listener, self.spans
-        taken_in, keep, now = self.shared.context.add_one, self.pieces.append, self.shared.clock.now_ns
+    def _decode(self, logits_V: Logits, prompt: Prompt, sampler: Sampler, limit: int, kept: int) -> Finish:
+        """Every microsecond here is paid per token: names are local, and `new` makes events without a call in Python."""
+        job, sample, step, emit, spans = self.job, sampler.draw, self.backend.step, self.job.listener, self.spans
+        taken_in, keep, now, new = self.shared.context.add_one, self.pieces.append, self.shared.clock.now_ns, _NEW
+        cancelled, closing, deadline_ns = job.cancel.is_set, self.shared.closing.is_set, job.deadline_ns
         end_ids = () if job.sampling.ignore_eos else self.backend.info.eos_token_ids
         detokenizer, stops = self._detokenizer(), StopStrings(job.sampling.stop)
+        text_of, any_stops = detokenizer.add, bool(job.sampling.stop)
         sync = self.backend.sync if job.sync == "all" else None
         end_ns = 0
         for count in range(1, limit + 1):
@@ -258,25 +262,25 @@ class StepRun(_Timed):
                 t_ns = self._lap("prefill", last_chunk, announce=True, cached_tokens=kept)
             else:
                 t_ns = now()
-                spans.append(Span("decode", end_ns, t_ns, 1))
-            ended = token_id in end_ids
-            piece, stopped = stops.add("" if ended else detokenizer.add(token_id))
-            if not stopped and (ended or count == limit):
+                spans.append(new(Span, ("decode", end_ns, t_ns, 1, False, 0)))
+            ended, stopped = token_id in end_ids, False
+            piece = "" if ended else text_of(token_id)
+            if any_stops:
+                piece, stopped = stops.add(piece)
+            if (ended or count == limit) and not stopped:
                 tail, stopped = stops.add(detokenizer.flush())
                 piece += tail + ("" if stopped else stops.flush())
             keep(piece)
             self.completion_tokens = count
-            emit(Token(token_id, piece, t_ns))
+            emit(new(Token, (token_id, piece, t_ns)))
             end_ns = now()
-            spans.append(Span("detokenize", t_ns, end_ns))
+            spans.append(new(Span, ("detokenize", t_ns, end_ns, 0, False, 0)))
             if ended or stopped:
                 return "stop"
             if count < limit:
-                try:
-                    self._check()
-                except _Stopped:
+                if cancelled() or closing() or (deadline_ns is not None and end_ns >= deadline_ns):
                     keep(stops.flush())
-                    raise
+                    self._check()
                 logits_V = step(token_id)
                 taken_in(token_id)
                 if sync is not None:

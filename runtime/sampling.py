@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,6 +14,8 @@ class Sampler:
     """Draws the tokens of one request; its random state and history belong to that request alone.
 
     Order: constraint, repetition penalty, temperature, top-k, top-p, min-p, as in the Hugging Face generation loop.
+
+    `draw` is the call itself, or the shortest one that does the same.
 
     Args:
         prompt_ids: tokens that count as seen for the repetition penalty.
@@ -27,11 +29,10 @@ class Sampler:
         self._seen = set(prompt_ids) if sampling.repetition_penalty != 1 else None
         # greedy requests do not pay for seeding: it takes milliseconds the first time
         self._rng = None if sampling.greedy else np.random.default_rng(sampling.seed)
-        self._plain = sampling.greedy and constraint is None and self._seen is None
+        plain = sampling.greedy and constraint is None and self._seen is None
+        self.draw: Callable[[Logits], int] = likeliest if plain else self
 
     def __call__(self, logits_V: Logits) -> int:
-        if self._plain:
-            return int(logits_V.argmax())
         if self._constraint is not None:
             logits_V = self._constraint.mask(logits_V)
             if np.isneginf(logits_V).all():
@@ -58,6 +59,10 @@ class Sampler:
         kept &= probabilities >= sampling.min_p * probabilities[0]
         probabilities = probabilities[kept] / probabilities[kept].sum()
         return int(rng.choice(order_V[kept], p=probabilities))
+
+
+def likeliest(logits_V: Logits) -> int:
+    return int(logits_V.argmax())
 
 
 def penalised(logits_V: Logits, seen: set[int], penalty: float) -> Logits:

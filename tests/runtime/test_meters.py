@@ -101,7 +101,9 @@ def thor(root: Path) -> Path:
         (thor, 41.25, "ina238:VIN"),
     ],
 )
-def test_boards_total_power_is_found_by_name(tree: Any, watts: float, source: str, tmp_path: Path) -> None:
+def test_10_the_total_power_of_a_board_is_found_by_the_names_of_its_rails(
+    tree: Any, watts: float, source: str, tmp_path: Path
+) -> None:
     meter = board_meter(tree(tmp_path))
     assert meter is not None
     assert meter.source == source
