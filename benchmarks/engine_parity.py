@@ -1,6 +1,7 @@
 """The same greedy tokens from every format of one student, through the engine: 200 digits questions.
 
-    python -m benchmarks.engine_parity runs/NAME/student artifacts/NAME-onnx artifacts/NAME-gguf
+    python -m benchmarks.engine_parity runs/NAME/student artifacts/NAME-onnx artifacts/NAME-gguf \\
+        --out benchmarks/results/engine_parity.json
 
 The first model is the reference. A quarter of the questions each: one image; two images; second turn about the same image;
 second turn with another image. The second turns run with the caches on (image embeddings and shared beginnings reused), the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,21 +67,24 @@ def margins(engine: Engine, messages: list[Message], ids: list[int]) -> list[flo
 def compare(reference: list[list[int]], got: list[list[int]], lead: list[list[float]]) -> dict[str, Any]:
     equal = tied = 0
     different = []
+    by_kind = dict.fromkeys(KINDS, 0)
     for index, (a, b, margin) in enumerate(zip(reference, got, lead, strict=True)):
         at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
         if a == b:
             equal += 1
+            by_kind[KINDS[index % len(KINDS)]] += 1
         elif at is not None and margin[at] < 2 * TIE:
             tied += 1
         else:
             different.append(index)
-    return {"n": len(got), "equal": equal, "tied": tied, "different": different}
+    return {"n": len(got), "equal": equal, "tied": tied, "different": different, "equal_by_kind": by_kind}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", nargs="+")
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="keep the JSON here too")
     arguments = parser.parse_args()
     asked = [conversation(index) for index in range(arguments.pairs)]
     with load(arguments.artifacts[0]) as engine:
@@ -94,7 +99,10 @@ def main() -> None:
                 rows.append({**row, **compare(reference, got, lead)})
                 print(rows[-1], flush=True)
     kinds = {kind: sum(k == kind for k, _ in asked) for kind in KINDS}
-    print(json.dumps({"name": "engine_parity", "rows": rows, "kinds": kinds, "machine": machine()}))
+    value = {"name": "engine_parity", "rows": rows, "kinds": kinds, "tie_below": 2 * TIE, "machine": machine()}
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(value, indent=1) + "\n")
+    print(json.dumps(value))
     raise SystemExit(1 if any(row["different"] for row in rows) else 0)
 
 

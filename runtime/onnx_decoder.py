@@ -17,6 +17,7 @@ import numpy.typing as npt
 from runtime.api import Logits
 
 SHARES = b"GroupQueryAttention"
+LAST_ONLY = "num_logits_to_keep"
 DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -53,8 +54,6 @@ class _Graph:
         binding.bind_cpu_input("attention_mask", self._mask[:, :total])
         if "position_ids" in self._inputs:
             binding.bind_cpu_input("position_ids", self._positions[:, start:total])
-        if "num_logits_to_keep" in self._inputs:
-            binding.bind_cpu_input("num_logits_to_keep", self._one)
         return total
 
     def _empty(self, name: str, length: int) -> npt.NDArray[Any]:
@@ -81,6 +80,8 @@ class GrowingCache(_Graph):
             self._values = [self._value(value.numpy()[:, :, :start]) for value in self._values]
         binding = self._session.io_binding()
         total = self._bind(binding, embeds_1LD, start)
+        if LAST_ONLY in self._inputs:
+            binding.bind_cpu_input(LAST_ONLY, self._one)
         binding.bind_output("logits", "cpu")
         for (past, present), value in zip(self._pairs, self._values, strict=True):
             binding.bind_ortvalue_input(past, value)
@@ -99,6 +100,7 @@ class SharedCache(_Graph):
         super().__init__(ort, session, device, room)
         self._logits_V = np.zeros((1, 1, vocabulary), np.float32)
         self._binding = session.io_binding()
+        self._binding.bind_cpu_input(LAST_ONLY, self._one)
         for past, present in self._pairs:
             value = self._value(self._empty(past, room))
             self._binding.bind_ortvalue_input(past, value)
@@ -115,6 +117,6 @@ class SharedCache(_Graph):
 
 def make_decoder(ort: Any, session: Any, path: Path, device: str, room: int, vocabulary: int) -> Decoder:
     """The cache this graph can work with; the graph file holds operators' names in plain bytes, weights lie beside it."""
-    if SHARES in path.read_bytes() and any(node.name == "num_logits_to_keep" for node in session.get_inputs()):
+    if SHARES in path.read_bytes() and any(node.name == LAST_ONLY for node in session.get_inputs()):
         return SharedCache(ort, session, device, room, vocabulary)
     return GrowingCache(ort, session, device, room)
