@@ -40,6 +40,7 @@ from vlm.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 BODY_S = 30.0
+SMALL_BYTES = 32 << 10  # a thread would take longer than reading this much
 DISCARD_BYTES = 64 << 20
 
 
@@ -184,12 +185,13 @@ async def _chat(request: Request, service: Service) -> Response:
     with contextlib.ExitStack() as place:
         place.enter_context(service.admitted())
         body = await _body(request, service.options.limits.body_bytes)
+        what = (body, service.name, service.options.limits)
         try:
-            # decoding base64 and image headers takes milliseconds: not in the loop that answers /health
-            chat = await run_in_threadpool(parse, body, service.name, service.options.limits)
+            # large pictures take milliseconds to decode: not in the loop that answers /health
+            chat = parse(*what) if len(body) <= SMALL_BYTES else await run_in_threadpool(parse, *what)
         except UserError as error:
             raise from_failure(error) from None
-        del body
+        del body, what
         answer = _Answer(service, engine, chat)
         place.callback(answer.cancel.set)
         gone = asyncio.create_task(_disconnected(request, answer.cancel))
