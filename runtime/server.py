@@ -346,23 +346,26 @@ class _Answer:
         return event
 
     async def stream(self, event: Event) -> AsyncIterator[bytes]:
-        """Server-sent events: role, text as it appears, the reason for the end, usage if asked for."""
-        said = ""
+        """Server-sent events: role, text as it appears, the reason for the end, usage if asked for.
+
+        Each piece is one write to the socket, so the role goes out with the first text and all that ends an answer together.
+        """
+        said, ready = "", self._chunk({"role": "assistant", "content": ""})
         try:
-            yield self._chunk({"role": "assistant", "content": ""})
             while not isinstance(event, Done):
                 if isinstance(event, Token) and (text := self._text_so_far(event.text)):
                     said += text
-                    yield self._chunk({"content": text})
+                    yield ready + self._chunk({"content": text})
+                    ready = b""
                 event = await self._next()
             if rest := event.text[len(said) :]:
-                yield self._chunk({"content": rest})
+                ready += self._chunk({"content": rest})
             timings = self._finish(event)
-            yield self._chunk({}, FINISH[event.finish], timings=timings)
+            ready += self._chunk({}, FINISH[event.finish], timings=timings)
             if self._chat.include_usage:
                 last = {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_json(event)}
-                yield _sse({**last, "timings": timings})
-            yield b"data: [DONE]\n\n"
+                ready += _sse({**last, "timings": timings})
+            yield ready + b"data: [DONE]\n\n"
         except HttpError as error:  # the status is sent already: the error travels as an event
             yield b"data: " + bytes(error_response(error).body) + b"\n\n"
 
