@@ -13,7 +13,7 @@ COLOURS = ("#2f6db5", "#c8553d", "#3c8d5a", "#8a5fb0", "#b8862b", "#4a9aa8", "#a
 STAGE_COLOURS = dict(
     zip(STAGES, ("#9aa3ad", "#b8862b", "#8a5fb0", "#c8553d", "#2f6db5", "#3c8d5a", "#4a9aa8"), strict=True)
 )
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 64, 40, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 260, 64, 40, 14, 24
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2026;--soft:#5b6470;--line:#d4d9df;--ground:#fff;--bad:#a32020}
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#9aa3ad;--line:#3a4048;--ground:#16191d;--bad:#ff8a80}}
@@ -80,11 +80,12 @@ def _key(names: Sequence[str], colours: Sequence[str]) -> str:
 
 
 def _speed(profiles: Sequence[dict[str, Any]]) -> str:
-    header = ["model", "TTFT p50 ms", "p90", "p99", "TPOT p50 ms", "p90", "tokens/s", "size MB", "peak MB", "device MB"]
-    header += ["requests"]
+    on_device = any(p["memory_mb"]["peak_device"] is not None for p in profiles)
+    header = ["model", "TTFT p50 ms", "p90", "p99", "TPOT p50 ms", "p90", "tokens/s", "size MB", "peak MB"]
+    header += ["device MB"] * on_device + ["requests"]
     rows = []
     for p in profiles:
-        ttft, tpot = p["metrics"]["ttft_ms"], p["metrics"]["tpot_ms"]
+        ttft, tpot, memory = p["metrics"]["ttft_ms"], p["metrics"]["tpot_ms"], p["memory_mb"]
         rows.append(
             [
                 _name(p),
@@ -92,8 +93,8 @@ def _speed(profiles: Sequence[dict[str, Any]]) -> str:
                 *[number(tpot[q]) for q in ("p50", "p90")],
                 number(p["throughput"]["decode_tok_s"], 1, 0),
                 number(p["model"]["artifact_bytes"], 1e6, 1),
-                number(p["memory_mb"]["peak_rss"], 1, 0),
-                number(p["memory_mb"]["peak_device"], 1, 0),
+                number(memory["peak_rss"], 1, 0),
+                *[number(memory["peak_device"], 1, 0)] * on_device,
                 str(p["counts"]["requests"]),
             ]
         )
@@ -178,7 +179,7 @@ def _distribution(profiles: Sequence[dict[str, Any]], metric: str, label: str) -
     if not top:
         return "<p>No values.</p>"
     ticks = _ticks(top)
-    x_scale, plot = (WIDTH - LEFT - 10) / ticks[-1], HEIGHT - BOTTOM - TOP
+    x_scale, plot = (WIDTH - LEFT - RIGHT) / ticks[-1], HEIGHT - BOTTOM - TOP
     svg = "".join(
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{TOP + plot * (1 - q):.1f}" y2="{TOP + plot * (1 - q):.1f}"/>'
         f'<text x="{LEFT - 8}" y="{TOP + plot * (1 - q) + 4:.1f}" text-anchor="end">{100 * q:.0f} %</text>'
@@ -219,7 +220,7 @@ def _pareto(profiles: Sequence[dict[str, Any]]) -> str:
         return "<p>No values.</p>"
     axis, scale = _y_axis(max(y for _, y in known))
     ticks = _ticks(max(x for x, _ in known))
-    x_scale = (WIDTH - LEFT - 10) / ticks[-1]
+    x_scale = (WIDTH - LEFT - RIGHT) / ticks[-1]
     svg = axis + "".join(
         f'<text x="{LEFT + t * x_scale:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{t:g}</text>'
         for t in ticks

@@ -49,7 +49,7 @@ def test_an_address_answers_like_an_artefact(address: str) -> None:
     assert measured.remote_ms > measured.ttft_ms > 0
     assert measured.reported is not None
     assert measured.reported["stages_ms"]["prefill"] >= 0
-    assert len(measured.itl_ms) == 14
+    assert len(measured.itl_ms) in (0, 14), "gaps are between single tokens or not at all: quick ones travel together"
 
 
 def test_histories_and_sampling_cross_the_wire(address: str) -> None:
