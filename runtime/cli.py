@@ -136,35 +136,64 @@ def _profile(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _compare(commands: argparse._SubParsersAction[Parser]) -> None:
     def run(arguments: argparse.Namespace) -> int:
-        from runtime.compare import compare
+        from runtime import compare, evaluate_compare
 
-        return compare(arguments)
+        if evaluate_compare.is_evaluation(arguments.before):
+            return evaluate_compare.compare(arguments)
+        return compare.compare(arguments)
 
     example = "compare before.json after.json --fail-if ttft_ms.p50+5%"
-    command = _add(commands, "compare", "Ratios between two profiles, with intervals.", example, run)
-    command.add_argument("before", type=Path, metavar="A.json")
-    command.add_argument("after", type=Path, metavar="B.json")
+    text = "Two profiles: ratios with intervals. Two evaluations: the difference with a paired test."
+    command = _add(commands, "compare", text, example, run)
+    command.add_argument("before", type=Path, metavar="A", help="profile (.json), or run directory of eval")
+    command.add_argument("after", type=Path, metavar="B", help="the same kind")
     command.add_argument(
         "--fail-if",
         action="append",
         default=[],
         metavar="METRIC+P%",
-        help="exit 1 if ttft_ms, tpot_ms or e2el_ms (.p50, .p90, .mean) got slower by more than P percent beyond doubt",
+        help="exit 1 if ttft_ms, tpot_ms or e2el_ms (.p50, .p90, .mean) got slower by more than P percent beyond doubt; "
+        "for evaluations: `worse`",
     )
 
 
 def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
     def run(arguments: argparse.Namespace) -> int:
-        from runtime.evaluate import evaluate
+        from runtime.evaluate import EvalOptions, evaluate
+        from runtime.tasks.base import TaskOptions
 
-        return evaluate(arguments, load_options(arguments))
+        task = TaskOptions(arguments.data, arguments.images, arguments.split, arguments.samples, arguments.seed)
+        options = EvalOptions(
+            arguments.out,
+            arguments.fresh,
+            arguments.mode,
+            arguments.missing,
+            arguments.concurrency,
+            arguments.max_new_tokens,
+            arguments.judge,
+        )
+        return evaluate(arguments, load_options(arguments), task, options)
 
-    example = "eval artifacts/student-gguf --task digits --samples 200"
-    command = _add(commands, "eval", "Score answers on images the student has not seen.", example, run)
-    command.add_argument("artifact", metavar="ARTEFACT", help="artefact or checkpoint directory")
-    command.add_argument("--task", default="digits", help="digits (default)")
-    command.add_argument("--samples", type=int, default=200, help="(default: %(default)s)")
-    command.add_argument("--seed", type=natural, default=0, help="another set of test images (default: %(default)s)")
+    example = "eval artifacts/student-gguf --task gqa --data ~/data/gqa"
+    command = _add(commands, "eval", "Score answers on a benchmark; killed runs go on where they were.", example, run)
+    command.add_argument("artifact", metavar="ARTEFACT", help="artefact, checkpoint directory, or address of a server")
+    command.add_argument("--task", default="digits", help="see docs/evaluation.md for the list (default: %(default)s)")
+    command.add_argument("--data", type=Path, metavar="D", help="folder or file in the benchmark's own layout")
+    command.add_argument("--images", type=Path, metavar="D", help="folder of the images (default: beside the data)")
+    command.add_argument("--split", default="", help="(default: the benchmark's usual one)")
+    command.add_argument("--samples", type=natural, default=0, help="draw so many (default: all; digits 200)")
+    command.add_argument("--seed", type=natural, default=0, help="of the draw, or of digits (default: %(default)s)")
+    command.add_argument("--out", type=Path, metavar="D", help="run directory (default: runs/eval/TASK-NAME-DIGEST)")
+    command.add_argument("--fresh", action="store_true", help="forget answers kept from an earlier run")
+    command.add_argument("--mode", default="", help="strict or official reading of replies (default: the task's)")
+    command.add_argument(
+        "--missing", choices=("refuse", "wrong"), default="refuse", help="what to do about images that are not there"
+    )
+    command.add_argument("--max-new-tokens", type=natural, default=0, help="longest answer (default: the task's)")
+    command.add_argument("--concurrency", type=int, default=1, help="requests in flight at a server (default: 1)")
+    command.add_argument(
+        "--judge", default="", metavar="URL", help="server that decides MME-Reasoning's open questions"
+    )
     _loading(command)
 
 

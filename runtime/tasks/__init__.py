@@ -1,0 +1,44 @@
+"""Readers: a benchmark's files on disk -> items. One function per task; nothing is downloaded, nothing executed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from runtime.tasks.base import Task, TaskOptions, draw
+from vlm.errors import UserError
+from vlm.scoring.benchmarks import BENCHMARKS
+
+# name of the task -> module and function
+READERS = {
+    "digits": ("others", "digits"),
+    "gqa": ("short_answer", "gqa"),
+    "scienceqa-img": ("choices", "scienceqa_img"),
+    "scienceqa": ("choices", "scienceqa"),
+    "textvqa": ("short_answer", "textvqa"),
+    "pope": ("short_answer", "pope"),
+    "mme": ("short_answer", "mme"),
+    "mmbench": ("choices", "mmbench"),
+    "mmvp": ("choices", "mmvp"),
+    "blink": ("choices", "blink"),
+    "vstar": ("choices", "vstar"),
+    "mmstar": ("choices", "mmstar"),
+    "mme-reasoning": ("others", "mme_reasoning"),
+    "av-odyssey": ("choices", "av_odyssey"),
+    "json": ("others", "generic"),
+}
+
+
+def read_task(name: str, options: TaskOptions) -> Task:
+    """Read a task; with `options.samples` a subset of it.
+
+    Raises:
+        UserError: unknown task, or no data of its layout. DataError: a record that cannot be used.
+        MissingPiece: the layout needs a package that is not installed.
+    """
+    if name not in READERS:
+        raise UserError(f"unknown task {name!r}; known: {', '.join(READERS)}")
+    module, function = READERS[name]
+    read: Any = getattr(importlib.import_module(f"runtime.tasks.{module}"), function)
+    task: Task = read(options)
+    return draw(task, BENCHMARKS[name].unit, options.samples, options.seed)
