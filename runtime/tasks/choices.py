@@ -197,12 +197,13 @@ def mmvp(options: TaskOptions) -> Task:
             raise nothing_found("mmvp", root, "Questions.csv", "data/*.parquet")
         source, rows = tables[0], list(parquet_rows(tables))
     items = []
+    first = 0 if any(str(row.get("Index")) == "0" for row in rows) else 1
     for number, row in enumerate(rows, 1):
         required(row, ("Question", "Options", "Correct Answer"), source, number)
-        index = int(row.get("Index") or number)
+        index = int(number if row.get("Index") in (None, "") else row["Index"])
         prompt, letters = ask_options(str(row["Question"]), _bracketed(str(row["Options"]), source, number))
         truth = {"answer": _letter(row["Correct Answer"]), "options": letters}
-        items.append(Item(str(index), prompt, _pictures([row["image"]]), truth, {"pair": f"{(index - 1) // 2:03d}"}))
+        items.append(Item(str(index), prompt, _pictures([row["image"]]), truth, {"pair": f"{(index - first) // 2:03d}"}))
     return Task("mmvp", unique(items, source))
 
 

@@ -130,7 +130,7 @@ def mme_reasoning(options: TaskOptions) -> Task:
             "reasoning_type": str(row.get("reasoning_type") or ""),
             "question_type": "open" if function == "open_function" else str(row["question_type"]),
         }
-        key = str(row.get("index") or number)
+        key = str(number if row.get("index") is None else row["index"])
         items.append(Item(key, prompt, _listed(row, folder, f"{source.name}, row {number}"), truth, group))
     note = "answers are read by rules; open questions compared as numbers or words unless --judge is given"
     return Task("mme-reasoning", unique(items, source), REASONING_TOKENS, note)

@@ -115,7 +115,7 @@ def _points(reply: str) -> str | None:
 
 def _formula(reply: str, cards: bool) -> str | None:
     """The last piece of text that reads as arithmetic with at least one operation."""
-    lines = [declared(reply), *reversed(reply.splitlines())]
+    lines = [line for line in (declared(reply), *reversed(reply.splitlines())) if not _CODE.search(line)]
     pieces = [piece for line in lines for piece in (line, *reversed(_ARITHMETIC.findall(line)))]
     for piece in pieces:
         plain = re.sub(r"(?<=[\d)\sAJQK])[xX](?=[\s(\d])", "*", piece.strip().strip("*`$").rstrip("."))
@@ -138,6 +138,8 @@ def _bridges(reply: str) -> list[dict[str, Any]] | None:
     return [{"start": a, "end": b, "number": int(number)} for a, b, number in found] or None
 
 
+# a call with a string, or dunder names: a program is not an answer, whatever arithmetic stands in it
+_CODE = re.compile(r"__|\w\(\s*['\"]")
 # a run of what arithmetic is written with
 _ARITHMETIC = re.compile(r"(?:[\d+\-*/×÷·−^().{}\[\]\s=xX]|\b[AJQK]\b|\\(?:div|times|cdot|d?frac|left|right))+")
 

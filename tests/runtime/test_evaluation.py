@@ -1,0 +1,384 @@
+"""`eval` as people meet it: killed and resumed, refused, asked of a server, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import cli
+from runtime import evaluate as command_module
+from runtime.api import Message
+from runtime.backend_fake import FakeBackend, FakeScript
+from runtime.engine import Engine
+from vlm.console import run_command
+from vlm.errors import DataError, GateFailed, UserError
+
+from .conftest import ROOT
+from .serving import png, running
+
+SCRIPT = """
+import os, signal, sys
+import runtime.evaluate
+from runtime import cli
+from runtime.backend_fake import FakeBackend, FakeScript
+from runtime.engine import Engine
+asked = 0
+def reply(messages):
+    global asked
+    asked += 1
+    if asked > {kill_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return messages[-1].content[-1].strip()[-1]
+runtime.evaluate.load = lambda *a, **k: Engine(FakeBackend(FakeScript(reply=reply)))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def last_letter(messages: Sequence[Message]) -> str:
+    return str(messages[-1].content[-1]).strip()[-1]
+
+
+def make_data(root: Path, count: int = 20) -> Path:
+    """Questions that end in a digit; the scripted model says that digit, and is right on two of three."""
+    root.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for n in range(count):
+        (root / f"{n}.png").write_bytes(png(n))
+        answer = str(n % 10) if n % 3 else "x"
+        rows.append({"id": n, "question": f"Say {n}", "image": f"{n}.png", "answer": answer, "category": "ab"[n % 2]})
+    (root / "task.json").write_text(json.dumps(rows))
+    return root
+
+
+class Scripted:
+    """Stands for `load`: counts how often a model is opened and what it is asked."""
+
+    def __init__(self, reply: Callable[[Sequence[Message]], str] = last_letter) -> None:
+        self.opened, self.asked = 0, 0
+        self._reply = reply
+
+    def __call__(self, *_: Any, **__: Any) -> Engine:
+        self.opened += 1
+
+        def reply(messages: Sequence[Message]) -> str:
+            self.asked += 1
+            return self._reply(messages)
+
+        return Engine(FakeBackend(FakeScript(reply=reply)))
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    scripted = Scripted()
+    monkeypatch.setattr(command_module, "load", scripted)
+    return scripted
+
+
+def evaluate(data: Path, out: Path, *more: str, artefact: str = "x") -> int:
+    given = ["eval", artefact, "--backend", "fake", "--task", "json", "--data", str(data), "--out", str(out), *more]
+    return cli.main(given)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "ms"} for row in lines(path)]
+
+
+def test_result_and_samples(tmp_path: Path, model: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(make_data(tmp_path / "d"), tmp_path / "out", "--json") == 0
+    value = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # wrong: 0, 3, 6, 9, 12, 15, 18
+    assert (value["task"], value["n"], value["score"]) == ("json", 20, 13 / 20)
+    assert value["interval"][0] < 13 / 20 < value["interval"][1]
+    assert value["parts"]["category a"]["n"] == 10
+    sample = lines(tmp_path / "out/samples.jsonl")[4]
+    assert (sample["id"], sample["prompt"], sample["prediction"], sample["score"]) == ("4", "Say 4", "4", 1.0)
+    assert json.loads((tmp_path / "out/result.json").read_text())["score"] == 13 / 20
+
+
+@pytest.mark.parametrize("kill_at", [0, 7, 19])
+def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, model: Scripted, kill_at: int) -> None:
+    data = make_data(tmp_path / "d")
+    given = ["eval", "x", "--backend", "fake", "--task", "json", "--data", str(data), "--out", str(tmp_path / "killed")]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(kill_at=kill_at), *given],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert len(lines(tmp_path / "killed/predictions.jsonl")) == kill_at
+    assert not (tmp_path / "killed/result.json").exists()
+    evaluate(data, tmp_path / "killed")
+    assert model.asked == 20 - kill_at
+    evaluate(data, tmp_path / "whole")
+    assert without_times(tmp_path / "killed/samples.jsonl") == without_times(tmp_path / "whole/samples.jsonl")
+    results = [json.loads((tmp_path / f"{name}/result.json").read_text()) for name in ("killed", "whole")]
+    for name in ("score", "interval", "parts", "n", "identity"):
+        assert results[0][name] == results[1][name]
+
+
+def test_a_line_cut_off_by_a_crash_is_asked_again(tmp_path: Path, model: Scripted) -> None:
+    data = make_data(tmp_path / "d")
+    evaluate(data, tmp_path / "out")
+    before = without_times(tmp_path / "out/samples.jsonl")
+    path = tmp_path / "out/predictions.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    model.asked = 0
+    evaluate(data, tmp_path / "out")
+    assert model.asked == 1
+    assert without_times(tmp_path / "out/samples.jsonl") == before
+
+
+def test_a_finished_run_needs_no_model(tmp_path: Path, model: Scripted) -> None:
+    data = make_data(tmp_path / "d")
+    for _ in range(2):
+        evaluate(data, tmp_path / "out")
+    assert (model.opened, model.asked) == (1, 20)
+    evaluate(data, tmp_path / "out", "--fresh")
+    assert model.asked == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [("artefact", "artefact"), ("question", "data"), ("answer", "data"), ("image", "data"), ("tokens", "settings"),
+     ("samples", "data and settings")],
+)  # fmt: skip
+def test_a_change_refuses_to_resume(tmp_path: Path, model: Scripted, change: str, named: str) -> None:
+    data = make_data(tmp_path / "d")
+    evaluate(data, tmp_path / "out")
+    before = (tmp_path / "out/predictions.jsonl").read_bytes()
+    text = (data / "task.json").read_text()
+    artefact, more = "x", []
+    if change == "artefact":
+        artefact = "y"
+    elif change == "question":
+        (data / "task.json").write_text(text.replace("Say 7", "Tell 7"))
+    elif change == "answer":
+        (data / "task.json").write_text(text.replace('"answer": "7"', '"answer": "8"'))
+    elif change == "image":
+        (data / "3.png").write_bytes(png(99))
+    else:
+        more = ["--max-new-tokens", "3"] if change == "tokens" else ["--samples", "5"]
+    with pytest.raises(UserError, match=f"holds answers for another {named};"):
+        evaluate(data, tmp_path / "out", *more, artefact=artefact)
+    assert (tmp_path / "out/predictions.jsonl").read_bytes() == before
+    assert evaluate(data, tmp_path / "out", "--fresh", *more, artefact=artefact) == 0
+
+
+def test_an_artefact_that_changed_refuses_to_resume(tmp_path: Path, model: Scripted) -> None:
+    """The digest of a checkpoint follows its weights, tokenizer and template, not its name."""
+    data, checkpoint = make_data(tmp_path / "d"), tmp_path / "student"
+    checkpoint.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        (checkpoint / name).write_text(name)
+    evaluate(data, tmp_path / "out", artefact=str(checkpoint))
+    (checkpoint / "notes.txt").write_text("not part of the model")
+    evaluate(data, tmp_path / "out", artefact=str(checkpoint))
+    assert model.opened == 1
+    for name in ("model.safetensors", "chat_template.jinja"):
+        (checkpoint / name).write_text("other")
+        with pytest.raises(UserError, match="another artefact"):
+            evaluate(data, tmp_path / "out", artefact=str(checkpoint))
+        (checkpoint / name).write_text(name)
+
+
+def test_answers_that_were_edited_are_refused(tmp_path: Path, model: Scripted) -> None:
+    data = make_data(tmp_path / "d")
+    evaluate(data, tmp_path / "out")
+    path = tmp_path / "out/predictions.jsonl"
+    rows = lines(path)
+    rows[3]["item"] = "0" * 64
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="question '3' has changed"):
+        evaluate(data, tmp_path / "out")
+
+
+def test_folders_of_something_else_are_left_alone(tmp_path: Path, model: Scripted) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("years of work")
+    for more in ([], ["--fresh"]):
+        with pytest.raises(UserError, match="is not empty and holds no evaluation"):
+            evaluate(make_data(tmp_path / "d"), tmp_path / "out", *more)
+    assert (tmp_path / "out/thesis.tex").exists()
+
+
+def test_one_process_at_a_time(tmp_path: Path, model: Scripted) -> None:
+    import fcntl
+
+    data = make_data(tmp_path / "d")
+    evaluate(data, tmp_path / "out")
+    with (tmp_path / "out/predictions.jsonl").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process evaluates into"):
+            evaluate(data, tmp_path / "out")
+
+
+def test_missing_images(tmp_path: Path, model: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_data(tmp_path / "d")
+    (data / "4.png").unlink()
+    (data / "5.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"1 images of json are missing, the first is .*4\.png"):
+        evaluate(data, tmp_path / "out")
+    assert model.opened == 0
+    evaluate(data, tmp_path / "out", "--missing", "wrong", "--json")
+    captured = capsys.readouterr()
+    value = json.loads(captured.out.splitlines()[-1])
+    assert (value["score"], value["n"], value["not_asked"]) == (11 / 20, 20, 2)
+    errors = {row["id"]: row["error"] for row in lines(tmp_path / "out/samples.jsonl") if "error" in row}
+    assert errors == {"4": "image_missing", "5": "image_damaged"}
+    assert "their questions count as wrong" in captured.err
+
+
+def test_another_reading_needs_no_model(tmp_path: Path, model: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"question_id": str(n), "question": f"Which {n}?", "options": list("abcd"), "answer": "A", "data_type": "image",
+             "image_1": {"bytes": png(n), "path": None}} for n in range(8)]  # fmt: skip
+    (tmp_path / "d").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d/part.parquet")
+    model._reply = lambda _: ""
+    scores = []
+    for mode in ("strict", "official", "strict"):
+        cli.main(["eval", "x", "--backend", "fake", "--task", "av-odyssey", "--data", str(tmp_path / "d"), "--out",
+                  str(tmp_path / "out"), "--mode", mode, "--json"])  # fmt: skip
+        scores.append(json.loads(capsys.readouterr().out.splitlines()[-1])["score"])
+    assert scores == [0.0, 1.0, 0.0]  # the official script reads every empty reply as A
+    assert (model.opened, model.asked) == (1, 8)
+
+
+@pytest.mark.parametrize("concurrency", ["1", "4"])
+def test_a_server_scores_as_the_model_behind_it(tmp_path: Path, model: Scripted, concurrency: str) -> None:
+    data = make_data(tmp_path / "d")
+    evaluate(data, tmp_path / "local")
+    command_module.load = pytest.importorskip("runtime.loading").load  # the fixture puts the script back
+    with running(Scripted()(), name="scripted") as server:
+        given = ["eval", server.url, "--task", "json", "--data", str(data), "--out", str(tmp_path / "remote")]
+        cli.main([*given, "--concurrency", concurrency])
+    local, remote = (
+        [(row["id"], row["prediction"], row["score"]) for row in lines(tmp_path / name / "samples.jsonl")]
+        for name in ("local", "remote")
+    )
+    assert local == remote
+
+
+def test_compare(tmp_path: Path, model: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_data(tmp_path / "d", 60)
+    evaluate(data, tmp_path / "a")
+    model._reply = lambda messages: "?" if last_letter(messages) in "12" else last_letter(messages)
+    evaluate(data, tmp_path / "b", artefact="worse")
+    capsys.readouterr()
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "a"), "--fail-if", "worse", "--json"]) == 0
+    same = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (same["significant"], same["p"], same["difference"]) == (False, 1.0, 0.0)
+    with pytest.raises(GateFailed, match="is worse by"):
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b/result.json"), "--fail-if", "worse", "--json"])
+    output = capsys.readouterr().out
+    value = json.loads(output.splitlines()[-1])
+    # of the 12 questions that end in 1 or 2, a third was wrong before
+    assert (value["better"], value["worse"], value["significant"]) == (0, 8, True)
+    assert "B is worse" in output
+    assert cli.main(["compare", str(tmp_path / "b"), str(tmp_path / "a"), "--fail-if", "worse"]) == 0
+
+
+def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, model: Scripted) -> None:
+    evaluate(make_data(tmp_path / "d"), tmp_path / "a")
+    evaluate(make_data(tmp_path / "e", 10), tmp_path / "b")
+    with pytest.raises(UserError, match="questions are only in one of the runs"):
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(UserError, match="holds no finished evaluation"):
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path)])
+    with pytest.raises(UserError, match="for evaluations write `--fail-if worse`"):
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "a"), "--fail-if", "ttft_ms+5%"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--mode", "kind"], "--mode is 'kind'; known: strict, official"),
+        (["--concurrency", "0"], "--concurrency is 0"),
+        (["--concurrency", "2"], "--concurrency is for servers"),
+        (["--samples", "-1"], "is not a whole number"),
+        (["--missing", "maybe"], "invalid choice: 'maybe'"),
+        (["--images", "nowhere"], "images of json are missing"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    tmp_path: Path, model: Scripted, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["eval", "x", "--backend", "fake", "--task", "json", "--data", str(make_data(tmp_path / "d", 3))]
+    with pytest.raises(SystemExit) as caught:
+        run_command(cli.main, [*given, "--out", str(tmp_path / "out"), *more])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert caught.value.code == 2
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    code = f"""
+import sys
+sys.modules["pyarrow"] = None
+from runtime.cli import main
+from vlm.console import run_command
+run_command(main, ["eval", "x", "--backend", "fake", "--task", "json", "--data", {str(tmp_path / "t.parquet")!r}])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert result.returncode == 3
+    assert "pip install 'align-edge[eval]'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_judge_decides_open_questions_once(tmp_path: Path, model: Scripted) -> None:
+    rows = [
+        {"index": 1, "question": "How far?", "answer": "2 km", "question_type": "open", "capability": "", "reasoning_type": ""},
+        {"index": 2, "question": "Which?", "answer": "A", "question_type": "choice", "capability": "", "reasoning_type": ""},
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    model._reply = lambda messages: "2000 metres" if "How far" in str(messages[-1].content[-1]) else "A"
+    given = ["eval", "x", "--backend", "fake", "--task", "mme-reasoning", "--data", str(tmp_path / "q.json"), "--out",
+             str(tmp_path / "out")]  # fmt: skip
+    cli.main(given)
+    assert [row["score"] for row in lines(tmp_path / "out/samples.jsonl")] == [0.0, 1.0]
+    asked = []
+
+    def verdict(messages: Sequence[Message]) -> str:
+        asked.append(str(messages[-1].content[-1]))
+        return "1"
+
+    with running(Engine(FakeBackend(FakeScript(reply=verdict, context_length=1 << 14)))) as server:
+        for _ in range(2):
+            cli.main([*given, "--judge", server.url])
+    assert [row["score"] for row in lines(tmp_path / "out/samples.jsonl")] == [1.0, 1.0]
+    assert len(asked) == 1
+    assert "Reference: 2 km" in asked[0]
+
+
+def test_samples_are_drawn_whole(tmp_path: Path) -> None:
+    from runtime.tasks import read_task
+    from runtime.tasks.base import TaskOptions
+
+    for n in range(30):
+        folder = tmp_path / ("count" if n % 2 else "color")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{n}.png").write_bytes(png(n))
+        (folder / f"{n}.txt").write_text(f"Is it {n}? Please answer yes or no.\tYes\nIs it not {n}?\tNo\n")
+    drawn = [read_task("mme", TaskOptions(data=tmp_path, samples=10, seed=seed)) for seed in (0, 0, 1)]
+    for task in drawn:
+        assert len(task.items) == 10
+        assert len({item.group["image_key"] for item in task.items}) == 5
+    assert drawn[0] == drawn[1]
+    assert drawn[0].items != drawn[2].items
