@@ -203,7 +203,9 @@ def mmvp(options: TaskOptions) -> Task:
         index = int(number if row.get("Index") in (None, "") else row["Index"])
         prompt, letters = ask_options(str(row["Question"]), _bracketed(str(row["Options"]), source, number))
         truth = {"answer": _letter(row["Correct Answer"]), "options": letters}
-        items.append(Item(str(index), prompt, _pictures([row["image"]]), truth, {"pair": f"{(index - first) // 2:03d}"}))
+        items.append(
+            Item(str(index), prompt, _pictures([row["image"]]), truth, {"pair": f"{(index - first) // 2:03d}"})
+        )
     return Task("mmvp", unique(items, source))
 
 

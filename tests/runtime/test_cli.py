@@ -95,8 +95,20 @@ def test_same_seed_same_answer(command: Command, gguf_artifact: Path, png: Path)
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_eval_prints_score_and_interval(command: Command, onnx_artifact: Path) -> None:
-    result = command(["runtime", "eval", onnx_artifact, "--task", "digits", "--samples", "3", "--json"])
+def test_eval_prints_score_and_interval(command: Command, onnx_artifact: Path, tmp_path: Path) -> None:
+    given = [
+        "runtime",
+        "eval",
+        onnx_artifact,
+        "--task",
+        "digits",
+        "--samples",
+        "3",
+        "--out",
+        tmp_path / "run",
+        "--json",
+    ]
+    result = command(given)
     assert result.returncode == 0, result.stderr
     value = json.loads(result.stdout.splitlines()[-1])
     assert (value["task"], value["n"]) == ("digits", 3)

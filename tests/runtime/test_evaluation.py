@@ -344,8 +344,22 @@ run_command(main, ["eval", "x", "--backend", "fake", "--task", "json", "--data",
 
 def test_the_judge_decides_open_questions_once(tmp_path: Path, model: Scripted) -> None:
     rows = [
-        {"index": 1, "question": "How far?", "answer": "2 km", "question_type": "open", "capability": "", "reasoning_type": ""},
-        {"index": 2, "question": "Which?", "answer": "A", "question_type": "choice", "capability": "", "reasoning_type": ""},
+        {
+            "index": 1,
+            "question": "How far?",
+            "answer": "2 km",
+            "question_type": "open",
+            "capability": "",
+            "reasoning_type": "",
+        },
+        {
+            "index": 2,
+            "question": "Which?",
+            "answer": "A",
+            "question_type": "choice",
+            "capability": "",
+            "reasoning_type": "",
+        },
     ]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     model._reply = lambda messages: "2000 metres" if "How far" in str(messages[-1].content[-1]) else "A"

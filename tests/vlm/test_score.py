@@ -97,8 +97,13 @@ def test_permutation_of_f1_against_enumeration() -> None:
 
     def records(said: list[int]) -> list[Record]:
         return [
-            {"id": str(i), "group": {"split": "random"}, "truth": {"answer": "yes" if y else "no"},
-             "parsed": "yes" if s else "no", "score": float(s == y)}
+            {
+                "id": str(i),
+                "group": {"split": "random"},
+                "truth": {"answer": "yes" if y else "no"},
+                "parsed": "yes" if s else "no",
+                "score": float(s == y),
+            }
             for i, (s, y) in enumerate(zip(said, labels, strict=True))
         ]
 

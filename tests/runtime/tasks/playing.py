@@ -57,7 +57,10 @@ def play(
     by_prompt = {item.prompt.strip("\n"): reply for item, reply in zip(task.items, replies, strict=True)}
     assert len(by_prompt) == len(task.items), "prompts must differ for the script to tell them apart"
     checked = check_items(task.items)
-    with scripted(by_prompt) as engine, Run(out, Identity(name, "a", "b", "c", "d"), task.items, checked.digests) as run:
+    with (
+        scripted(by_prompt) as engine,
+        Run(out, Identity(name, "a", "b", "c", "d"), task.items, checked.digests) as run,
+    ):
         answer_all(run, task, [engine], 4096)
         answers = dict(run.answers)
     benchmark = BENCHMARKS[name]

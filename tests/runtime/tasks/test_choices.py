@@ -72,7 +72,9 @@ def test_scienceqa(tmp_path: Path) -> None:
     assert played.part("context none") == 2 / 4
     assert played.part("grade 1-6") == 6 / 12
     assert played.part("subject language science") == 1 / 5
-    prompt = "Context: Read the map.\nWhich one 1?\nA. choice 0 of 1\nB. choice 1 of 1\nC. choice 2 of 1\nD. choice 3 of 1"
+    prompt = (
+        "Context: Read the map.\nWhich one 1?\nA. choice 0 of 1\nB. choice 1 of 1\nC. choice 2 of 1\nD. choice 3 of 1"
+    )
     assert played.task.items[1].prompt == prompt + LETTER
     with_image = [row[5] for row in SCIENCEQA if row[0]]
     assert play("scienceqa-img", with_image, tmp_path / "img", root).summary.score == 7 / 18
@@ -89,8 +91,15 @@ def test_scienceqa_parquet(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = {"bytes": picture(tmp_path / "x.png").read_bytes(), "path": None}
     rows = [
-        {"image": image if row[0] else None, "question": f"Which one {n}?", "hint": "", "subject": row[1],
-         "choices": [f"choice {k} of {n}" for k in range(row[3])], "answer": "ABCDE".index(row[4]), "grade": f"grade{row[2]}"}
+        {
+            "image": image if row[0] else None,
+            "question": f"Which one {n}?",
+            "hint": "",
+            "subject": row[1],
+            "choices": [f"choice {k} of {n}" for k in range(row[3])],
+            "answer": "ABCDE".index(row[4]),
+            "grade": f"grade{row[2]}",
+        }
         for n, row in enumerate(SCIENCEQA)
     ]
     (tmp_path / "d/data").mkdir(parents=True)
@@ -148,7 +157,9 @@ def test_mmbench(tmp_path: Path, rotated: bool) -> None:
     """Circular evaluation, with the rotations in the file or made by the reader: the same prompts, the same score."""
     rows = _mmbench_rows()
     assert len(rows) == 26
-    _write_tsv(tmp_path / "mmbench_dev_20230712.tsv", rows if rotated else [r for r in rows if int(r["index"]) < 1_000_000])
+    _write_tsv(
+        tmp_path / "mmbench_dev_20230712.tsv", rows if rotated else [r for r in rows if int(r["index"]) < 1_000_000]
+    )
     played = play("mmbench", [reply for row in MMBENCH for reply in row[2]], tmp_path / "run", tmp_path)
     assert [record["parsed"] for record in played.records] == [read for row in MMBENCH for read in row[3]]
     assert [item.truth["answer"] for item in played.task.items] == [row["answer"] for row in rows]

@@ -147,7 +147,13 @@ def test_generic(tmp_path: Path, kind: str) -> None:
     rows = []
     for n, (metric, answer, options, _, _) in enumerate(GENERIC):
         picture(tmp_path / f"{n}.png", n)
-        row = {"id": f"q{n}", "question": f"Question {n}?", "image": f"{n}.png", "answer": answer, "category": f"c{n % 2}"}
+        row = {
+            "id": f"q{n}",
+            "question": f"Question {n}?",
+            "image": f"{n}.png",
+            "answer": answer,
+            "category": f"c{n % 2}",
+        }
         rows.append(row | ({"metric": metric} if metric else {}) | ({"options": options} if options else {}))
     path = tmp_path / f"task.{kind}"
     path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
@@ -158,7 +164,9 @@ def test_generic(tmp_path: Path, kind: str) -> None:
 
 def test_generic_reads_the_training_form(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a cat"}]
-    (tmp_path / "t.json").write_text(json.dumps([{"id": "1", "image": str(picture(tmp_path / "a.png")), "conversations": turns}]))
+    (tmp_path / "t.json").write_text(
+        json.dumps([{"id": "1", "image": str(picture(tmp_path / "a.png")), "conversations": turns}])
+    )
     (item,) = read_task("json", TaskOptions(data=tmp_path / "t.json")).items
     assert (item.prompt, item.truth) == ("What is it?", {"metric": "exact", "answer": "a cat"})
 
@@ -201,7 +209,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: 
 @pytest.mark.parametrize("task", ["gqa", "scienceqa-img", "textvqa", "pope", "mme", "mmbench", "mmvp", "blink", "vstar",
                                   "mmstar", "mme-reasoning", "av-odyssey", "json"])  # fmt: skip
 def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path, task: str) -> None:
-    with pytest.raises(UserError, match="looked for|holds no question"):
+    with pytest.raises(UserError, match=r"looked for|holds no question"):
         read_task(task, TaskOptions(data=tmp_path))
     with pytest.raises(UserError, match="add `--data DIR`"):
         read_task(task, TaskOptions())

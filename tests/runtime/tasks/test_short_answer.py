@@ -73,11 +73,15 @@ def test_gqa_official_files(tmp_path: Path) -> None:
 def test_gqa_parquet(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"id": key, **row} for key, row in _gqa_questions().items()]
-    images = [{"id": f"n{n}", "image": {"bytes": picture(tmp_path / "x.png", n).read_bytes(), "path": ""}} for n in range(10)]
+    images = [
+        {"id": f"n{n}", "image": {"bytes": picture(tmp_path / "x.png", n).read_bytes(), "path": ""}} for n in range(10)
+    ]
     for folder, table in (("instructions", rows), ("images", images)):
         (tmp_path / f"d/testdev_balanced_{folder}").mkdir(parents=True)
         parquet.write_table(
-            arrow.Table.from_pylist(table), tmp_path / f"d/testdev_balanced_{folder}/testdev-0.parquet", row_group_size=3
+            arrow.Table.from_pylist(table),
+            tmp_path / f"d/testdev_balanced_{folder}/testdev-0.parquet",
+            row_group_size=3,
         )
     _check_gqa(play("gqa", [reply for _, _, reply, _ in GQA], tmp_path / "run", tmp_path / "d"))
 
@@ -117,7 +121,9 @@ def _textvqa(root: Path) -> Path:
         picture(root / f"train_images/im{n}.jpg", n)
         listed = [text for text, count in answers for _ in range(count)]
         assert len(listed) == 10
-        data.append({"question": f"what is written on {n}?", "image_id": f"im{n}", "question_id": 34602 + n, "answers": listed})
+        data.append(
+            {"question": f"what is written on {n}?", "image_id": f"im{n}", "question_id": 34602 + n, "answers": listed}
+        )
     (root / "TextVQA_0.5.1_val.json").write_text(json.dumps({"dataset_type": "val", "data": data}))
     return root
 
@@ -199,7 +205,9 @@ def test_pope_official_files(tmp_path: Path) -> None:
         lines = []
         for n, (label, _, _) in enumerate(rows, 1):
             picture(tmp_path / f"val2014/{split}{n}.jpg", n)
-            lines.append({"question_id": n, "image": f"{split}{n}.jpg", "text": f"Is there a {split} {n}?", "label": label})
+            lines.append(
+                {"question_id": n, "image": f"{split}{n}.jpg", "text": f"Is there a {split} {n}?", "label": label}
+            )
         (tmp_path / f"coco/coco_pope_{split}.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
     replies = [reply for rows in POPE.values() for _, reply, _ in rows]
     _check_pope(play("pope", replies, tmp_path / "run", tmp_path))
@@ -210,8 +218,15 @@ def test_pope_parquet(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = {"bytes": picture(tmp_path / "x.png").read_bytes(), "path": None}
     rows = [
-        {"id": str(n), "question_id": str(n), "question": f"Is there a {split} {n}?", "answer": label, "category": split,
-         "image_source": "x", "image": image}
+        {
+            "id": str(n),
+            "question_id": str(n),
+            "question": f"Is there a {split} {n}?",
+            "answer": label,
+            "category": split,
+            "image_source": "x",
+            "image": image,
+        }
         for split, listed in POPE.items()
         for n, (label, _, _) in enumerate(listed)
     ]
@@ -274,8 +289,13 @@ def test_mme_parquet(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = {"bytes": picture(tmp_path / "x.png").read_bytes(), "path": "x.png"}
     rows = [
-        {"question_id": f"{category}/{n}.png", "image": image, "question": f"Is it {n} {m}? Please answer yes or no.",
-         "answer": answer, "category": category}
+        {
+            "question_id": f"{category}/{n}.png",
+            "image": image,
+            "question": f"Is it {n} {m}? Please answer yes or no.",
+            "answer": answer,
+            "category": category,
+        }
         for n, (category, *pair) in enumerate(MME)
         for m, (answer, _) in enumerate(pair)
     ]

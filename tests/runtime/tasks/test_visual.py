@@ -86,7 +86,13 @@ def test_blink(tmp_path: Path) -> None:
 
 
 def test_blink_without_answers_is_refused(tmp_path: Path) -> None:
-    row = {"idx": "t1", "prompt": "x (A) a (B) b", "choices": ["a", "b"], "answer": "hidden", "image_1": _image(tmp_path)}
+    row = {
+        "idx": "t1",
+        "prompt": "x (A) a (B) b",
+        "choices": ["a", "b"],
+        "answer": "hidden",
+        "image_1": _image(tmp_path),
+    }
     _parquet(tmp_path / "d/Jigsaw/test-0.parquet", [row])
     with pytest.raises(DataError, match="has no answers"):
         read_task("blink", TaskOptions(data=tmp_path / "d", split="test"))
@@ -98,7 +104,9 @@ def test_vstar(tmp_path: Path) -> None:
         folder = "direct_attributes" if n < 12 else "relative_position"
         picture(tmp_path / f"{folder}/sa_{n}.jpg", n)
         text = f"What is it {n}?\n(A) cat\n(B) dog\n(C) two dogs\n(D) bird{LETTER}"
-        lines.append({"image": f"{folder}/sa_{n}.jpg", "text": text, "category": folder, "label": right, "question_id": n})
+        lines.append(
+            {"image": f"{folder}/sa_{n}.jpg", "text": text, "category": folder, "label": right, "question_id": n}
+        )
     (tmp_path / "test_questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     played = play("vstar", [reply for reply, _, _ in REPLIES], tmp_path / "run", tmp_path)
     assert [record["parsed"] for record in played.records] == [read for _, read, _ in REPLIES]
@@ -131,8 +139,14 @@ def test_mmstar(tmp_path: Path, kind: str) -> None:
             rows.append({**row, "question": text, "image": _image(tmp_path, n)["bytes"]})
         else:
             cells = dict(zip("ABCD", OPTIONS, strict=True))
-            rows.append({**row, "question": f"What is it {n}?", **cells,
-                         "image": base64.b64encode(_image(tmp_path, n)["bytes"]).decode()})
+            rows.append(
+                {
+                    **row,
+                    "question": f"What is it {n}?",
+                    **cells,
+                    "image": base64.b64encode(_image(tmp_path, n)["bytes"]).decode(),
+                }
+            )
     root = tmp_path / "d"
     root.mkdir()
     if kind == "parquet":
@@ -172,15 +186,23 @@ def test_mmvp(tmp_path: Path, kind: str) -> None:
             index = 2 * n + m + 1
             picture(tmp_path / f"d/MMVP Images/{index}.jpg", index)
             # the two questions of a pair are the same in MMVP; here they differ so that the script can tell them apart
-            rows.append({"Index": index, "Question": f"Are the doors {index} open?", "Options": "(a) Open (b) Closed",
-                         "Correct Answer": f"({right})"})
+            rows.append(
+                {
+                    "Index": index,
+                    "Question": f"Are the doors {index} open?",
+                    "Options": "(a) Open (b) Closed",
+                    "Correct Answer": f"({right})",
+                }
+            )
     if kind == "csv":
         with (tmp_path / "d/Questions.csv").open("w", newline="") as f:
             writer = csv.DictWriter(f, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
     else:
-        _parquet(tmp_path / "d/data/train-0.parquet", [{**row, "image": _image(tmp_path, row["Index"])} for row in rows])
+        _parquet(
+            tmp_path / "d/data/train-0.parquet", [{**row, "image": _image(tmp_path, row["Index"])} for row in rows]
+        )
     replies = [reply for row in MMVP for reply in (row[0], row[2])]
     played = play("mmvp", replies, tmp_path / "run", tmp_path / "d")
     assert [unit.values[0] for unit in played.summary.units] == [1, 0, 1, 1, 0, 0, 0, 0, 1, 0]

@@ -52,11 +52,29 @@ def test_sudoku_keeps_what_was_given(grids: list[list[list[int]]]) -> None:
     assert not sudoku(grid, givens, (2, 2))
 
 
-SIX = [[1, 2, 3, 4, 5, 6], [4, 5, 6, 1, 2, 3], [2, 3, 1, 5, 6, 4], [5, 6, 4, 2, 3, 1], [3, 1, 2, 6, 4, 5], [6, 4, 5, 3, 1, 2]]
+SIX = [
+    [1, 2, 3, 4, 5, 6],
+    [4, 5, 6, 1, 2, 3],
+    [2, 3, 1, 5, 6, 4],
+    [5, 6, 4, 2, 3, 1],
+    [3, 1, 2, 6, 4, 5],
+    [6, 4, 5, 3, 1, 2],
+]
 
 
 @pytest.mark.parametrize(
-    "value", [None, [], "grid", [[1]], [[1, 2, 3, 4]] * 3, [[1, 2, 3, "4"]] * 4, [[True] * 4] * 4, [[1.0] * 4] * 4, [1, 2, 3, 4]]
+    "value",
+    [
+        None,
+        [],
+        "grid",
+        [[1]],
+        [[1, 2, 3, 4]] * 3,
+        [[1, 2, 3, "4"]] * 4,
+        [[True] * 4] * 4,
+        [[1.0] * 4] * 4,
+        [1, 2, 3, 4],
+    ],
 )
 def test_wrong_shapes_are_wrong_answers(value: Any) -> None:
     assert not sudoku(value, EMPTY, (2, 2))

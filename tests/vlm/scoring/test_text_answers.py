@@ -44,7 +44,10 @@ def test_vqa_normalise(raw: str, normal: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=40), st.lists(st.sampled_from(["red", "Red", "the red", "blue", "two", "2", ""]), min_size=10, max_size=10))
+@given(
+    st.text(max_size=40),
+    st.lists(st.sampled_from(["red", "Red", "the red", "blue", "two", "2", ""]), min_size=10, max_size=10),
+)
 def test_soft_accuracy_against_its_definition(prediction: str, listed: list[str]) -> None:
     said = text.vqa_normalise(prediction)
     rest = [listed[:i] + listed[i + 1 :] for i in range(10)]
@@ -130,7 +133,17 @@ def test_every_check_is_total_and_in_range(kind: str, reply: str, answer: str) -
 
 @pytest.mark.parametrize(
     "source",
-    ["__import__('os')", "[x for x in ()]", "f()", "{**{}}", "lambda: 0", "[" * 100 + "]" * 100, "[1" + ",1" * 20000 + "]", "1;2", ""],
+    [
+        "__import__('os')",
+        "[x for x in ()]",
+        "f()",
+        "{**{}}",
+        "lambda: 0",
+        "[" * 100 + "]" * 100,
+        "[1" + ",1" * 20000 + "]",
+        "1;2",
+        "",
+    ],
 )
 def test_literals_are_data_only(source: str) -> None:
     with pytest.raises(ValueError, match=r"literal|nested|long"):
