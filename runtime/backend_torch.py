@@ -57,6 +57,14 @@ class TorchBackend:
         with self._torch.inference_mode():
             return self._host(self._decoder.step(token_id))
 
+    def answer_batch(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[list[int]]:
+        """Greedy tokens of several prompts at once; see `runtime.batch`."""
+        from runtime.torch_batch import greedy
+
+        embeds = [self.encode(prompt.images) if prompt.images else [] for prompt in prompts]
+        with self._torch.inference_mode():
+            return greedy(self._torch, self._model, prompts, embeds, limits, self.info.eos_token_ids)
+
     def _host(self, logits_V: Any) -> Logits:
         logits: Logits = logits_V.cpu().numpy()
         return logits

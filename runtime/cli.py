@@ -163,15 +163,8 @@ def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
         from runtime.tasks.base import TaskOptions
 
         task = TaskOptions(arguments.data, arguments.images, arguments.split, arguments.samples, arguments.seed)
-        options = EvalOptions(
-            arguments.out,
-            arguments.fresh,
-            arguments.mode,
-            arguments.missing,
-            arguments.concurrency,
-            arguments.max_new_tokens,
-            arguments.judge,
-        )
+        names = ("out", "fresh", "mode", "missing", "concurrency", "batch", "max_new_tokens", "judge")
+        options = EvalOptions(**{name: getattr(arguments, name) for name in names})
         return evaluate(arguments, load_options(arguments), task, options)
 
     example = "eval artifacts/student-gguf --task gqa --data ~/data/gqa"
@@ -190,6 +183,7 @@ def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
         "--missing", choices=("refuse", "wrong"), default="refuse", help="what to do about images that are not there"
     )
     command.add_argument("--max-new-tokens", type=natural, default=0, help="longest answer (default: the task's)")
+    command.add_argument("--batch", type=int, default=1, help="questions at once, PyTorch only (default: 1)")
     command.add_argument("--concurrency", type=int, default=1, help="requests in flight at a server (default: 1)")
     command.add_argument(
         "--judge", default="", metavar="URL", help="server that decides MME-Reasoning's open questions"

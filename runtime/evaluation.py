@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime.api import ContextOverflow, Done, EncodedImage, ModelFailed, QueueFull, Sampling
+from runtime.batch import Batches, ask_batch
 from runtime.engine import Engine
 from runtime.images import question
 from runtime.tasks.base import Item, Picture, Task, fingerprint
@@ -219,11 +220,26 @@ def ask(engine: Engine, item: Item, max_new_tokens: int) -> dict[str, Any]:
     }
 
 
-def answer_all(run: Run, task: Task, engines: Sequence[Engine], max_new_tokens: int) -> None:
-    """Ask what is not answered yet, as many at a time as there are engines; answers are kept as they come."""
+def _left(run: Run, task: Task) -> tuple[list[Item], Progress]:
     left = [item for item in task.items if item.id not in run.answers]
     done = len(task.items) - len(left)
-    progress = Progress(len(left), f"eval {task.name}" + (f" ({done} kept)" if done else ""))
+    return left, Progress(len(left), f"eval {task.name}" + (f" ({done} kept)" if done else ""))
+
+
+def answer_in_batches(run: Run, task: Task, backend: Batches, max_new_tokens: int, size: int) -> None:
+    """Ask what is not answered yet, `size` questions at a time; prompts of similar length together."""
+    left, progress = _left(run, task)
+    left.sort(key=lambda item: len(item.prompt))
+    for start in range(0, len(left), size):
+        some = left[start : start + size]
+        for item, answer in zip(some, ask_batch(backend, some, max_new_tokens), strict=True):
+            run.add(item, answer)
+        progress.advance(len(some))
+
+
+def answer_all(run: Run, task: Task, engines: Sequence[Engine], max_new_tokens: int) -> None:
+    """Ask what is not answered yet, as many at a time as there are engines; answers are kept as they come."""
+    left, progress = _left(run, task)
     idle: queue.SimpleQueue[Engine] = queue.SimpleQueue()
     for engine in engines:
         idle.put(engine)

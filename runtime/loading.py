@@ -44,7 +44,7 @@ def load(artifact: str | Path, backend: str = "auto", **options: Any) -> Engine:
         from runtime.backend_openai import open_url
 
         return engine_of(open_url(str(artifact), chosen), chosen)
-    return engine_of(_open(Path(artifact), backend, chosen), chosen)
+    return engine_of(open_backend(Path(artifact), backend, chosen), chosen)
 
 
 def engine_of(backend: Backend | StreamBackend, options: LoadOptions) -> Engine:
@@ -57,7 +57,8 @@ def engine_of(backend: Backend | StreamBackend, options: LoadOptions) -> Engine:
     )
 
 
-def _open(root: Path, backend: str, options: LoadOptions) -> Backend:
+def open_backend(root: Path, backend: str, options: LoadOptions) -> Backend:
+    """Artefact or checkpoint directory -> its backend, without an engine; raises what `load` raises."""
     if not root.is_dir():
         raise UserError(f"{root} is not a directory; name an artefact or a checkpoint directory")
     is_artifact = (root / NAME).is_file()

@@ -115,6 +115,24 @@ def test_eval_prints_score_and_interval(command: Command, onnx_artifact: Path, t
     assert 0 <= value["interval"][0] <= value["score"] <= value["interval"][1] <= 1
 
 
+def test_eval_answers_of_onnx_equal_pytorchs(
+    inside: Command, student: Path, onnx_artifact: Path, tmp_path: Path
+) -> None:
+    runs = []
+    for model in (student, onnx_artifact):
+        given = ["eval", str(model), "--samples", "8", "--max-new-tokens", "8", "--out", str(tmp_path / model.name)]
+        assert inside(given).returncode == 0
+        runs.append([json.loads(line) for line in (tmp_path / model.name / "samples.jsonl").read_text().splitlines()])
+    answers = [[(row["id"], row["prediction"], row["score"]) for row in run] for run in runs]
+    assert answers[0] == answers[1]
+    value = json.loads(
+        inside(
+            ["compare", str(tmp_path / student.name), str(tmp_path / onnx_artifact.name), "--json"]
+        ).stdout.splitlines()[-1]
+    )
+    assert (value["p"], value["changed"]) == (1.0, [])
+
+
 def test_doctor_names_the_command_that_mends_each_gap(command: Command) -> None:
     result = command(["runtime", "doctor", "--json"])
     assert result.returncode == 0, result.stderr

@@ -274,6 +274,29 @@ def test_a_server_scores_as_the_model_behind_it(tmp_path: Path, model: Scripted,
     assert local == remote
 
 
+def test_batches_give_the_tokens_of_one_at_a_time(student: Path, tmp_path: Path) -> None:
+    """Prompts of different lengths, with and without images, more than fit in one batch."""
+    data = make_data(tmp_path / "d", 11)
+    rows = json.loads((data / "task.json").read_text())
+    for n, row in enumerate(rows):
+        row["question"] = "Which digit is at the top left? " * (n % 4) + f"Read {n}."
+        if n % 5 == 4:
+            del row["image"]
+    (data / "task.json").write_text(json.dumps(rows))
+    for name, more in (("one", []), ("batch", ["--batch", "4"])):
+        given = ["eval", str(student), "--task", "json", "--data", str(data), "--out", str(tmp_path / name)]
+        assert cli.main([*given, "--max-new-tokens", "12", *more]) == 0
+    one, batch = (
+        [
+            (row["id"], row["prediction"], row["finish"], row["tokens"])
+            for row in lines(tmp_path / name / "samples.jsonl")
+        ]
+        for name in ("one", "batch")
+    )
+    assert one == batch
+    assert len({prediction for _, prediction, _, _ in one}) > 3
+
+
 def test_compare(tmp_path: Path, model: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_data(tmp_path / "d", 60)
     evaluate(data, tmp_path / "a")
@@ -310,6 +333,7 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, model: Scripted
         (["--mode", "kind"], "--mode is 'kind'; known: strict, official"),
         (["--concurrency", "0"], "--concurrency is 0"),
         (["--concurrency", "2"], "--concurrency is for servers"),
+        (["--batch", "0"], "--batch is 0"),
         (["--samples", "-1"], "is not a whole number"),
         (["--missing", "maybe"], "invalid choice: 'maybe'"),
         (["--images", "nowhere"], "images of json are missing"),
