@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from runtime.evaluation import (
     answer_in_batches,
     artefact_digest,
     check_items,
+    json_line,
 )
 from runtime.loading import ADDRESSES, load, open_backend
 from runtime.options import LoadOptions
@@ -99,11 +99,9 @@ def evaluate(
             return [stack.enter_context(engine) for engine in opened]
 
         ready = engines() if address else []
-        identity = _identity(arguments, address, ready, loading, checked, task, limit, task_options)
+        identity = _identity(arguments, address, ready, loading, checked, task, limit)
         root = options.out or RUNS / _name(arguments, task, identity)
-        if options.fresh and (root / "run.json").exists():
-            shutil.rmtree(root)
-        with Run(root, identity, task.items, checked.digests) as run:
+        with Run(root, identity, task.items, checked.digests, options.fresh) as run:
             before = len(run.answers)
             if before < len(task.items):
                 batches = None if address else _batching(arguments, loading, options.batch)
@@ -147,7 +145,6 @@ def _identity(
     checked: Checked,
     task: Task,
     limit: int,
-    chosen: TaskOptions,
 ) -> Identity:
     if address:
         artefact = f"{engines[0].info.name} at {address.rstrip('/')}"
@@ -156,7 +153,7 @@ def _identity(
         if not root.is_dir() and arguments.backend != "fake":
             raise UserError(f"{root} is not a directory; name an artefact, a checkpoint directory or a server")
         artefact = artefact_digest(root) if root.is_dir() else str(root)
-    settings = {"max_new_tokens": limit, "context": loading.context, "samples": chosen.samples, "seed": chosen.seed}
+    settings = {"max_new_tokens": limit, "context": loading.context}  # which questions: the data's digest says that
     return Identity(
         task.name,
         artefact,
@@ -192,8 +189,7 @@ def _report(
         from runtime.judge import judge
 
         records = judge(records, options.judge, root)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomic(root / "samples.jsonl", lines)
+    write_atomic(root / "samples.jsonl", b"".join(json_line(record) for record in records))
     submission = _submit(root, task, answers)
     if all(record["truth"].get("answer", record["truth"].get("answers")) is None for record in records):
         note(f"{task.name}: this split has no answers; {submission or root / 'samples.jsonl'} holds the replies")
@@ -203,7 +199,7 @@ def _report(
         value |= {"artifact": str(arguments.artifact), "out": str(root), "identity": vars(identity)}
         _print(value)
     value |= {"note": task.note, "submission": submission, **timing}
-    write_atomic(root / "result.json", json.dumps({"schema": SCHEMA, **value}, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(root / "result.json", json.dumps({"schema": SCHEMA, **value}, indent=1) + "\n")
     note(f"answers and scores: {root / 'samples.jsonl'}")
     if arguments.json:
         print_json(value)

@@ -104,25 +104,53 @@ def check_items(items: Sequence[Item]) -> Checked:
     return Checked(tuple(digests), hashlib.sha256("\n".join(digests).encode()).hexdigest(), tuple(missing))
 
 
+def json_line(value: dict[str, Any]) -> bytes:
+    """One line; half a character from a remote server is written as its escape."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
 class Run:
     """A run directory, held by one process at a time."""
 
-    def __init__(self, root: Path, identity: Identity, items: Sequence[Item], digests: Sequence[str]) -> None:
+    def __init__(
+        self, root: Path, identity: Identity, items: Sequence[Item], digests: Sequence[str], fresh: bool = False
+    ) -> None:
         """Start a run, or go on with one that has the same identity.
+
+        Args:
+            fresh: forget what is there, if it is an evaluation.
 
         Raises:
             UserError: the directory belongs to another run, or another process works on it.
         """
         self.root, self._digests = root, {i.id: d for i, d in zip(items, digests, strict=True)}
-        self._head(identity)
-        self._file: IO[bytes] = (root / "predictions.jsonl").open("ab+")
+        self.answers: dict[str, dict[str, Any]] = {}
+        try:
+            if root.exists() and any(root.iterdir()) and not (root / "run.json").exists():
+                raise UserError(f"{root} is not empty and holds no evaluation; choose another --out")
+            root.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = (root / "predictions.jsonl").open("ab+")
+        except OSError as error:
+            raise UserError(f"cannot write to {root} ({error.strerror}); choose another --out") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._file.close()
             raise UserError(f"another process evaluates into {root}; wait for it or choose another --out") from None
-        self.answers: dict[str, dict[str, Any]] = {}
-        self._read()
+        try:
+            if fresh:
+                self._clear()
+            self._head(identity)
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
         self._synced = time.monotonic()
+
+    def _clear(self) -> None:
+        self._file.truncate(0)
+        for name in ("run.json", "samples.jsonl", "result.json", "judged.jsonl", "submission.xlsx"):
+            (self.root / name).unlink(missing_ok=True)
 
     def _head(self, identity: Identity) -> None:
         head = self.root / "run.json"
@@ -130,15 +158,13 @@ class Run:
             try:
                 other = json.loads(head.read_text())
             except ValueError:
-                raise UserError(f"{head} is damaged; remove {self.root} or choose another --out") from None
+                raise UserError(f"{head} is damaged; add --fresh to start over, or choose another --out") from None
             if changed := identity.differences(other):
                 raise UserError(
                     f"{self.root} holds answers for another {' and '.join(changed)}; they cannot be mixed: "
                     "choose another --out, or add --fresh to start over"
                 )
             return
-        if self.root.exists() and any(self.root.iterdir()):
-            raise UserError(f"{self.root} is not empty and holds no evaluation; choose another --out")
         write_atomic(head, json.dumps({"schema": SCHEMA, **vars(identity)}, indent=1) + "\n")
 
     def _read(self) -> None:
@@ -164,7 +190,7 @@ class Run:
     def add(self, item: Item, answer: dict[str, Any]) -> None:
         """Append one answer; on disk at most SYNC_S later."""
         whole = {"id": item.id, "item": self._digests[item.id], **answer}
-        self._file.write(json.dumps(whole, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json_line(whole))
         self._file.flush()
         if time.monotonic() - self._synced > SYNC_S:
             self.sync()

@@ -28,6 +28,7 @@ from vlm import digits
 from vlm.console import print_json
 
 TASK = "digits_local"
+NAME = "student"
 YAML = """task: {task}
 dataset_path: parquet
 dataset_kwargs:
@@ -81,7 +82,7 @@ def write_data(folder: Path, samples: int) -> None:
 @contextlib.contextmanager
 def serving(artefact: Path, log: Path) -> Iterator[str]:
     """Address of a server process; ended with the block."""
-    command = [sys.executable, "-m", "runtime", "serve", str(artefact), "--port", "0", "--queue", "64"]
+    command = [sys.executable, "-m", "runtime", "serve", str(artefact), "--port", "0", "--queue", "64", "--name", NAME]
     with log.open("wb") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
             if process.stdout is None:
@@ -103,7 +104,7 @@ def serving(artefact: Path, log: Path) -> Iterator[str]:
 
 def lmms(python: Path, folder: Path, address: str) -> tuple[float, str]:
     """lmms-eval's score and version."""
-    arguments = f"model=student,base_url={address}/v1,api_key=none,num_concurrent=4,timeout=120"
+    arguments = f"model={NAME},base_url={address}/v1,api_key=none,num_concurrent=4,timeout=120"
     command = [
         str(python), "-m", "lmms_eval", "--model", "openai", "--model_args", arguments, "--tasks", TASK, "--include_path",
         str(folder / "task"), "--batch_size", "1", "--output_path", str(folder / "lmms"), "--log_samples",

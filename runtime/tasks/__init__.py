@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
 from runtime.tasks.base import Task, TaskOptions, draw
-from vlm.errors import UserError
+from vlm.errors import DataError, UserError
 from vlm.scoring.benchmarks import BENCHMARKS
 
 # name of the task -> module and function
@@ -40,5 +41,12 @@ def read_task(name: str, options: TaskOptions) -> Task:
         raise UserError(f"unknown task {name!r}; known: {', '.join(READERS)}")
     module, function = READERS[name]
     read: Any = getattr(importlib.import_module(f"runtime.tasks.{module}"), function)
-    task: Task = read(options)
+    try:
+        task: Task = read(options)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise DataError(f"{options.data} is not in the layout of {name} ({cause}); see docs/evaluation.md") from error
+    # a place holder for the image would be refused as a special token: the images go first in any case
+    items = tuple(dataclasses.replace(i, prompt=i.prompt.replace("<image>", "").strip()) for i in task.items)
+    task = dataclasses.replace(task, items=items)
     return draw(task, BENCHMARKS[name].unit, options.samples, options.seed)

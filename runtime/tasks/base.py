@@ -69,10 +69,11 @@ class LazyPicture:
     """An image inside a table, or one drawn on demand.
 
     Attributes:
-        key: the same for pictures that are the same by construction.
+        key: where it comes from, in full; pictures with the same key are the same.
     """
 
-    name: str
+    key: str
+    name: str = field(compare=False)
     load: Callable[[], EncodedImage | Image] = field(repr=False, compare=False)
 
     def read(self) -> EncodedImage | Image:

@@ -162,8 +162,8 @@ def _mmbench_pictures(rows: Sequence[Row], source: Path) -> dict[int, Picture | 
     for index, cell in cells.items():
         if isinstance(cell, str) and cell.strip().isdigit() and len(cell) < 20:
             cell = cells.get(int(cell))
-        name = f"{source.name}, image of index {index % CIRCLE}"
-        picture = base64_picture(cell, name) if isinstance(cell, str) and cell else cell
+        place = f"image of index {index % CIRCLE}"
+        picture = base64_picture(cell, source, place) if isinstance(cell, str) and cell else cell
         found.setdefault(index % CIRCLE, picture if not isinstance(picture, str) else None)
     return found
 
@@ -297,7 +297,7 @@ def mmstar(options: TaskOptions) -> Task:
     for number, row in enumerate(parquet_rows(tables) if tables else separated(source), 1):
         required(row, ("question", "answer"), source, number)
         cell = row.get("image")
-        picture = base64_picture(cell, f"{source.name}, row {number}") if isinstance(cell, str) else cell
+        picture = base64_picture(cell, source, f"row {number}") if isinstance(cell, str) else cell
         if given := _given(row):
             prompt, letters = ask_options(str(row["question"]), given)
         else:

@@ -40,7 +40,8 @@ def digits(options: TaskOptions) -> Task:
     for index in range(options.samples or DIGITS_SAMPLES):
         sample = scans.sample(split, index, options.seed)  # type: ignore[arg-type]
         image = from_pillow(sample.image)
-        picture = LazyPicture(f"digits {split} {options.seed}/{index}", lambda image=image: image)  # type: ignore[misc]
+        name = f"digits {split} {options.seed}/{index}"
+        picture = LazyPicture(name, name, lambda image=image: image)  # type: ignore[misc]
         truth = {"metric": "exact", "answer": sample.answer}
         items.append(Item(str(index), sample.question, (picture,), truth, {"kind": sample.kind}))
     return Task("digits", tuple(items))
@@ -131,12 +132,12 @@ def mme_reasoning(options: TaskOptions) -> Task:
             "question_type": "open" if function == "open_function" else str(row["question_type"]),
         }
         key = str(number if row.get("index") is None else row["index"])
-        items.append(Item(key, prompt, _listed(row, folder, f"{source.name}, row {number}"), truth, group))
+        items.append(Item(key, prompt, _listed(row, folder, source, f"row {number}"), truth, group))
     note = "answers are read by rules; open questions compared as numbers or words unless --judge is given"
     return Task("mme-reasoning", unique(items, source), REASONING_TOKENS, note)
 
 
-def _listed(row: Row, folder: Path, name: str) -> tuple[Picture, ...]:
+def _listed(row: Row, folder: Path, source: Path, place: str) -> tuple[Picture, ...]:
     cells = row.get("image_path") or row.get("images") or row.get("image")
     if isinstance(cells, str) and cells.startswith("["):
         cells = literal(cells)
@@ -145,7 +146,7 @@ def _listed(row: Row, folder: Path, name: str) -> tuple[Picture, ...]:
     found: list[Picture] = []
     for cell in cells if isinstance(cells, list) else [cells]:
         if isinstance(cell, str):
-            found.append(base64_picture(cell, name) if len(cell) > 300 else FilePicture(folder / cell))
+            found.append(base64_picture(cell, source, place) if len(cell) > 300 else FilePicture(folder / cell))
         elif cell is not None:
             found.append(cell)
     return tuple(found)

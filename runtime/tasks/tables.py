@@ -8,7 +8,7 @@ import csv
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,9 @@ def required(row: Row, names: Sequence[str], source: Path, number: int) -> None:
             raise DataError(f"{source}, row {number}: no {name!r}; this is not the expected layout")
 
 
-def base64_picture(text: str, name: str) -> Picture:
+def base64_picture(text: str, source: Path, place: str) -> Picture:
     """An image stored as base64 text."""
+    name = f"{source.name}, {place}"
 
     def load() -> EncodedImage:
         try:
@@ -114,7 +115,7 @@ def base64_picture(text: str, name: str) -> Picture:
         except (binascii.Error, ValueError):
             raise BadImage(f"{name} is not base64; download the file again") from None
 
-    return LazyPicture(name, load)
+    return LazyPicture(f"{source}, {place}", name, load)
 
 
 def parquet_files(root: Path, *patterns: str) -> list[Path]:
@@ -130,12 +131,14 @@ def parquet_files(root: Path, *patterns: str) -> list[Path]:
 @dataclass(frozen=True)
 class _Place:
     path: Path
+    changed_ns: int
     group: int
     row: int
 
 
 @functools.lru_cache(maxsize=8)
-def _group(path: Path, group: int, column: str) -> list[Any]:
+def _group(path: Path, _changed_ns: int, group: int, column: str) -> list[Any]:
+    """Values of a column in a row group; `_changed_ns` is there so that a rewritten file is read again."""
     import pyarrow.parquet
 
     values: list[Any] = pyarrow.parquet.ParquetFile(path).read_row_group(group, [column]).column(column).to_pylist()
@@ -154,7 +157,7 @@ def parquet_rows(paths: Sequence[Path]) -> Iterator[Row]:
 
     for path in paths:
         try:
-            file = pyarrow.parquet.ParquetFile(path)
+            file, changed_ns = pyarrow.parquet.ParquetFile(path), path.stat().st_mtime_ns
             pictures = [f.name for f in file.schema_arrow if _is_binary(pyarrow, f.type)]
             plain = [name for name in file.schema_arrow.names if name not in pictures]
             for group in range(file.num_row_groups):
@@ -166,7 +169,7 @@ def parquet_rows(paths: Sequence[Path]) -> Iterator[Row]:
                 filled = {name: _filled(file, group, name) for name in pictures}
                 for number, row in enumerate(rows):
                     cells = {
-                        name: _cell(_Place(path, group, number), name) if filled[name][number] else None
+                        name: _cell(_Place(path, changed_ns, group, number), name) if filled[name][number] else None
                         for name in pictures
                     }
                     yield {**row, **cells}
@@ -192,25 +195,14 @@ def _filled(file: Any, group: int, name: str) -> list[bool]:
 
 
 def _cell(place: _Place, column: str) -> Picture:
-    name = f"{place.path.name}, row group {place.group}, row {place.row}, {column}"
+    where = f"row group {place.group}, row {place.row}, {column}"
+    name = f"{place.path.name}, {where}"
 
     def load() -> EncodedImage:
-        value = _group(place.path, place.group, column)[place.row]
+        value = _group(place.path, place.changed_ns, place.group, column)[place.row]
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
             raise BadImage(f"{name} holds no image bytes; embed the images in the parquet files")
         return EncodedImage(data, name)
 
-    return LazyPicture(name, load)
-
-
-def column_names(path: Path) -> list[str]:
-    """Columns of a parquet file."""
-    need_package("pyarrow", "eval")
-    import pyarrow.parquet
-
-    names: list[str] = pyarrow.parquet.read_schema(path).names
-    return names
-
-
-Reader = Callable[[Path], list[Row]]
+    return LazyPicture(f"{place.path}, {where}", name, load)

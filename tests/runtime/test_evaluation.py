@@ -152,7 +152,7 @@ def test_a_finished_run_needs_no_model(tmp_path: Path, model: Scripted) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [("artefact", "artefact"), ("question", "data"), ("answer", "data"), ("image", "data"), ("tokens", "settings"),
-     ("samples", "data and settings")],
+     ("samples", "data")],
 )  # fmt: skip
 def test_a_change_refuses_to_resume(tmp_path: Path, model: Scripted, change: str, named: str) -> None:
     data = make_data(tmp_path / "d")
@@ -272,6 +272,28 @@ def test_a_server_scores_as_the_model_behind_it(tmp_path: Path, model: Scripted,
         for name in ("local", "remote")
     )
     assert local == remote
+
+
+LMMS_EVAL: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
+VLMEVALKIT: dict[str, Any] = {"temperature": 0, "max_tokens": 2048}
+
+
+@pytest.mark.parametrize(("fields", "detail"), [(LMMS_EVAL, {}), (VLMEVALKIT, {"detail": "low"})])
+def test_requests_of_other_evaluations_are_answered(fields: dict[str, Any], detail: dict[str, str]) -> None:
+    """The bodies that lmms-eval's `openai` and VLMEvalKit's `GPT4V` send: whole replies, image first, no stream."""
+    import base64
+    import urllib.request
+
+    url = f"data:image/png;base64,{base64.b64encode(png(3)).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url, **detail}}, {"type": "text", "text": "Say 7"}]
+    with running(Scripted()(), name="student") as server:
+        body = json.dumps({"model": "student", "messages": [{"role": "user", "content": content}], **fields}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+        request = urllib.request.Request(f"{server.url}/v1/chat/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            reply = json.loads(response.read())
+    assert reply["choices"][0]["message"]["content"] == "7"
+    assert reply["usage"]["completion_tokens"] >= 1
 
 
 def test_batches_give_the_tokens_of_one_at_a_time(student: Path, tmp_path: Path) -> None:

@@ -215,3 +215,41 @@ def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path, task: str) -> 
         read_task(task, TaskOptions())
     with pytest.raises(UserError, match="no data at"):
         read_task(task, TaskOptions(data=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text"),
+    [
+        ("gqa", "testdev_balanced_questions.json", '{"1": {"question": "x", "answer": "y", "types": ["z"]}}'),
+        ("gqa", "testdev_balanced_questions.json", "[1]"),
+        ("textvqa", "TextVQA_0.5.1_val.json", '{"data": 3}'),
+        ("textvqa", "TextVQA_0.5.1_val.json", "[]"),
+        ("pope", "coco_pope_random.json", '{"text": 1, "label": 2, "image": 3}'),
+        ("mme", "count/1.txt", "no tab here"),
+        ("mme", "count/1.txt", "Is it?\tperhaps"),
+        ("mmbench", "x.tsv", "index\tquestion\tA\nfirst\twhat\tx"),
+        ("mmbench", "x.tsv", "no\theader"),
+        ("mmvp", "Questions.csv", "Index,Question,Options,Correct Answer\none,x,(a) b (b) c,(a)"),
+        ("mmvp", "Questions.csv", "Index,Question,Options,Correct Answer\n1,x,no options,(a)"),
+        ("vstar", "test_questions.jsonl", '{"image": 1, "text": 2, "label": 3}'),
+        ("mmstar", "MMStar.tsv", "index\tquestion\n1\tx"),
+        ("mme-reasoning", "x.json", '[{"question": "x", "question_type": "puzzle"}]'),
+        ("mme-reasoning", "x.json", '[{"question": "x", "question_type": "choice", "image": "[1"}]'),
+        ("scienceqa", "problems.json", '{"1": {"question": "x", "choices": "ab", "answer": "z"}}'),
+        ("json", "t.json", '[{"question": "x", "answer": "y", "options": 3}]'),
+        ("json", "t.json", '[{"conversations": 1}]'),
+    ],
+)
+def test_rows_of_the_wrong_kind_are_one_line(tmp_path: Path, task: str, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    (tmp_path / "pid_splits.json").write_text('{"test": ["1"]}')
+    with pytest.raises(UserError) as caught:
+        read_task(task, TaskOptions(data=tmp_path))
+    assert "\n" not in caught.value.message
+
+
+def test_placeholders_for_the_image_are_left_out_of_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([{"question": "<image>\nWhat is it? <image>", "answer": "y"}]))
+    assert read_task("json", TaskOptions(data=tmp_path)).items[0].prompt == "What is it?"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from runtime.evaluation import check_items
 from runtime.tasks import read_task
 from runtime.tasks.base import LETTER, TaskOptions
 from vlm.errors import DataError
@@ -79,6 +80,15 @@ def test_blink(tmp_path: Path) -> None:
     assert played.summary.score == 6 / 20
     assert (played.part("sub_task Relative_Depth"), played.part("sub_task Jigsaw")) == (5 / 10, 1 / 10)
     assert {len(item.pictures) for item in played.task.items} == {1, 2}
+    # both files have the same name: their pictures must not be taken for one another
+    assert len({picture.read().data for item in played.task.items for picture in item.pictures[:1]}) == 20  # type: ignore[union-attr]
+    before = check_items(played.task.items).whole
+    _parquet(
+        tmp_path / "d/Relative_Depth/val-00000-of-00001.parquet",
+        [{**rows[0], "image_1": _image(tmp_path, 7)}, *rows[1:10]],
+    )
+    assert check_items(read_task("blink", TaskOptions(data=tmp_path / "d")).items).whole != before
+    _parquet(tmp_path / "d/Relative_Depth/val-00000-of-00001.parquet", rows[:10])
     official = play("blink", replies, tmp_path / "official", tmp_path / "d", mode="official")
     assert [r["parsed"] for r in official.records] == [read for _, _, read in REPLIES[10:] + REPLIES[:10]]
     # 0, 1, 2, 3 and 12 (B = A? no), 9 (C = B? no), 13 (E), 4 (A = A), 19 (A = D? no), 11 (B = D? no): 5 of 20
