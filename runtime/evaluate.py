@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,33 +92,49 @@ def evaluate(
         raise UserError("--concurrency is for servers; a local model answers one question at a time: leave it out")
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-
-        def engines() -> list[Any]:
-            many = range(options.concurrency)
-            opened = [load(arguments.artifact, arguments.backend, **vars(loading)) for _ in many]
-            return [stack.enter_context(engine) for engine in opened]
-
-        ready = engines() if address else []
-        identity = _identity(arguments, address, ready, loading, checked, task, limit)
+        model = _opened(arguments, loading, options, stack) if address else None
+        identity = _identity(arguments, model.name if model else "", loading, checked, task, limit)
         root = options.out or RUNS / _name(arguments, task, identity)
+        if options.fresh or not (root / "run.json").exists():  # a model that does not load should leave no directory
+            model = model or _opened(arguments, loading, options, stack)
         with Run(root, identity, task.items, checked.digests, options.fresh) as run:
             before = len(run.answers)
             if before < len(task.items):
-                batches = None if address else _batching(arguments, loading, options.batch)
-                if batches is not None:
-                    stack.callback(batches.close)
-                    answer_in_batches(run, task, batches, limit, options.batch)
-                else:
-                    answer_all(run, task, ready or engines(), limit)
+                (model or _opened(arguments, loading, options, stack)).answer(run, task, limit)
             answers = dict(run.answers)
     new = len(task.items) - before
     timing = {"seconds": round(time.monotonic() - started, 3), "answered_now": new, "kept": before}
     return _report(arguments, root, task, identity, answers, options, timing)
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What answers: a backend that takes batches, or engines."""
+
+    name: str
+    answer: Callable[[Run, Task, int], None]
+
+
+def _opened(
+    arguments: argparse.Namespace, loading: LoadOptions, options: EvalOptions, stack: contextlib.ExitStack
+) -> _Model:
+    batches = _batching(arguments, loading, options.batch)
+    if batches is not None:
+        stack.callback(batches.close)
+        taken = batches
+        return _Model(
+            taken.info.name, lambda run, task, limit: answer_in_batches(run, task, taken, limit, options.batch)
+        )
+    loaded = [load(arguments.artifact, arguments.backend, **vars(loading)) for _ in range(options.concurrency)]
+    engines = [stack.enter_context(engine) for engine in loaded]
+    if engines[0].info.verified is False:
+        note(f"warning: {arguments.artifact} did not pass its checks at export")
+    return _Model(engines[0].info.name, lambda run, task, limit: answer_all(run, task, engines, limit))
+
+
 def _batching(arguments: argparse.Namespace, loading: LoadOptions, size: int) -> Batches | None:
     """The backend, if it is to answer in batches and can."""
-    if size == 1 or arguments.backend == "fake":
+    if size == 1 or arguments.backend == "fake" or str(arguments.artifact).startswith(ADDRESSES):
         return None
     backend = open_backend(Path(arguments.artifact), arguments.backend, loading)
     if isinstance(backend, Batches):
@@ -138,16 +154,10 @@ def _refuse_missing(task: Task, checked: Checked, missing: str) -> None:
 
 
 def _identity(
-    arguments: argparse.Namespace,
-    address: str,
-    engines: Sequence[Any],
-    loading: LoadOptions,
-    checked: Checked,
-    task: Task,
-    limit: int,
+    arguments: argparse.Namespace, served: str, loading: LoadOptions, checked: Checked, task: Task, limit: int
 ) -> Identity:
-    if address:
-        artefact = f"{engines[0].info.name} at {address.rstrip('/')}"
+    if served:
+        artefact = f"{served} at {str(arguments.artifact).rstrip('/')}"
     else:
         root = Path(arguments.artifact)
         if not root.is_dir() and arguments.backend != "fake":

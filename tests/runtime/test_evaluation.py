@@ -213,6 +213,14 @@ def test_folders_of_something_else_are_left_alone(tmp_path: Path, model: Scripte
     assert (tmp_path / "out/thesis.tex").exists()
 
 
+def test_a_model_that_does_not_load_leaves_no_directory(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "d", 3)
+    for artefact in (tmp_path / "nowhere", data):
+        with pytest.raises(UserError):
+            cli.main(["eval", str(artefact), "--task", "json", "--data", str(data), "--out", str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+
+
 def test_one_process_at_a_time(tmp_path: Path, model: Scripted) -> None:
     import fcntl
 
