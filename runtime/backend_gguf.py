@@ -2,7 +2,7 @@
 
 The chat handler of that package is not used: it clears the context and encodes the image again on every call. Token
 ids come from the artefact's own tokenizer, so that every backend sees the same prompt. Keys and values are float32
-and flash attention is off, so that answers equal PyTorch's.
+and flash attention is off unless `kv` says otherwise, so that answers equal PyTorch's.
 Shape legend: S = image side, T = visual tokens, D = hidden, V = vocabulary.
 """
 
@@ -26,6 +26,8 @@ from vlm.manifest import Manifest
 from vlm.preprocess import ImageSpec
 
 BATCH = 512
+# llama.cpp's name, bytes per number (q8_0: blocks of 32 bytes and a float16 scale)
+KV_TYPES = {"f32": ("GGML_TYPE_F32", 4.0), "f16": ("GGML_TYPE_F16", 2.0), "q8_0": ("GGML_TYPE_Q8_0", 34 / 32)}
 PADDING = 1024  # llama.cpp rounds the context up
 _log_callback: Any = None  # llama.cpp keeps a bare pointer to it: it must outlive every model
 
@@ -50,7 +52,7 @@ class GgufBackend:
         )  # it points to `_token`: made once, used at every step
         self._logits_at = 0
         self._logits_V = np.empty(0, np.float32)
-        self.info = _with_float32_cache(source.info("gguf", options), source.model)
+        self.info = _with_cache_bytes(source.info("gguf", options), source.model, options.kv)
         _silence(llama_cpp, mtmd_cpp)
         llama_cpp.llama_backend_init()
         try:
@@ -73,12 +75,15 @@ class GgufBackend:
         params.n_ctx = self.info.context_length
         params.n_batch = params.n_ubatch = min(BATCH, self.info.context_length)
         params.n_threads = params.n_threads_batch = options.threads
-        params.type_k = params.type_v = llama.GGML_TYPE_F32
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        kind, _ = KV_TYPES[options.kv]
+        params.type_k = params.type_v = getattr(llama, kind)
+        exact = options.kv == "f32"
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.offload_kqv = params.op_offload = options.device == "cuda"
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
-            raise ArtifactError(f"{path}: llama.cpp made no context of {self.info.context_length} tokens; lower it")
+            size = f"{self.info.context_length} tokens with keys and values in {options.kv}"
+            raise ArtifactError(f"{path}: llama.cpp made no context of {size}; lower --context or leave --kv out")
         if not self.info.context_length <= llama.llama_n_ctx(self._context) < self.info.context_length + PADDING:
             raise MissingPiece(
                 "this llama-cpp-python and its llama.cpp disagree about parameter layout; "
@@ -221,11 +226,12 @@ class _ImageChunk:
             self._mtmd.mtmd_input_chunks_free(self._chunks)
 
 
-def _with_float32_cache(info: ModelInfo, model: dict[str, Any]) -> ModelInfo:
-    """The manifest counts the float16 cache other llama.cpp programs use; this one is twice as large."""
+def _with_cache_bytes(info: ModelInfo, model: dict[str, Any], kind: str) -> ModelInfo:
+    """The manifest counts the float16 cache other llama.cpp programs use; this one is of the type asked for."""
     if not {"layers", "kv_heads", "head_dim"} <= set(model):
         return info
-    return replace(info, kv_bytes_per_token=2 * 4 * model["layers"] * model["kv_heads"] * model["head_dim"])
+    numbers = 2 * model["layers"] * model["kv_heads"] * model["head_dim"]
+    return replace(info, kv_bytes_per_token=int(numbers * KV_TYPES[kind][1]))
 
 
 def _silence(llama_cpp: Any, mtmd_cpp: Any) -> None:

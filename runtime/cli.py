@@ -41,7 +41,7 @@ def parser() -> Parser:
 
 
 def load_options(arguments: argparse.Namespace) -> LoadOptions:
-    names = ("threads", "device", "context", "provider", "prefill_chunk")
+    names = ("threads", "device", "context", "provider", "prefill_chunk", "kv")
     return LoadOptions(**{name: getattr(arguments, name) for name in names})
 
 
@@ -77,6 +77,9 @@ def _loading(command: Parser) -> None:
     )
     command.add_argument(
         "--provider", default=defaults.provider, help="ONNX on a GPU: tensorrt for the vision encoder (default: CUDA)"
+    )
+    command.add_argument(
+        "--kv", default=defaults.kv, help="GGUF: keys and values in f32, f16 or q8_0 (default: %(default)s, as PyTorch)"
     )
 
 

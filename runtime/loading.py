@@ -62,8 +62,11 @@ def open_backend(root: Path, backend: str, options: LoadOptions) -> Backend:
     if not root.is_dir():
         raise UserError(f"{root} is not a directory; name an artefact or a checkpoint directory")
     is_artifact = (root / NAME).is_file()
-    if options.provider != "auto" and not (is_artifact and read_manifest(root).format == "onnx"):
+    format_ = read_manifest(root).format if is_artifact else "checkpoint"
+    if options.provider != "auto" and format_ != "onnx":
         raise UserError(f"{root}: a provider is chosen for ONNX artefacts only; leave --provider out")
+    if options.kv != "f32" and format_ != "gguf":
+        raise UserError(f"{root}: the type of keys and values is chosen for GGUF artefacts only; leave --kv out")
     if backend == "torch" or (backend == "auto" and not is_artifact and (root / "config.json").is_file()):
         if is_artifact:
             raise UserError(f"{root} is an artefact, backend torch runs checkpoints; use `--backend auto`")

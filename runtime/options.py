@@ -10,6 +10,7 @@ from vlm.errors import UserError
 
 Device = Literal["cpu", "cuda"]
 Provider = Literal["auto", "tensorrt"]
+CacheType = Literal["f32", "f16", "q8_0"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class LoadOptions:
         image_cache_mb: room for image embeddings kept for later requests; 0 keeps none.
         prefill_chunk: prompt tokens computed between two looks at the cancel flag.
         provider: ONNX artefacts on a GPU: `tensorrt` lets ONNX Runtime build a TensorRT engine of the vision encoder.
+        kv: GGUF artefacts: type of keys and values. f32 answers as PyTorch does; f16 and q8_0 are smaller, and llama.cpp
+            then uses flash attention, as its own programs do.
     """
 
     threads: int = 1
@@ -33,6 +36,7 @@ class LoadOptions:
     image_cache_mb: int = 256
     prefill_chunk: int = 512
     provider: Provider = "auto"
+    kv: CacheType = "f32"
 
     def __post_init__(self) -> None:
         for name in ("threads", "context", "queue_size", "prefill_chunk"):
@@ -40,10 +44,9 @@ class LoadOptions:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.image_cache_mb < 0:
             raise UserError(f"image_cache_mb is {self.image_cache_mb}; give 0 (keep none) or more")
-        if self.device not in get_args(Device):
-            raise UserError(f"device is {self.device!r}; known: {', '.join(get_args(Device))}")
-        if self.provider not in get_args(Provider):
-            raise UserError(f"provider is {self.provider!r}; known: {', '.join(get_args(Provider))}")
+        for name, kinds in (("device", Device), ("provider", Provider), ("kv", CacheType)):
+            if (value := getattr(self, name)) not in get_args(kinds):
+                raise UserError(f"{name} is {value!r}; known: {', '.join(get_args(kinds))}")
         if self.provider != "auto" and self.device != "cuda":
             raise UserError(f"provider {self.provider} needs a GPU; add `--device cuda`")
 

@@ -150,6 +150,8 @@ def test_a_provider_is_chosen_for_onnx_on_a_gpu_only(gguf_artifact: Path, onnx_a
         load(onnx_artifact, provider="tensorrt")
     with pytest.raises(UserError, match="provider is 'openvino'"):
         load(onnx_artifact, provider="openvino")
+    with pytest.raises(UserError, match="for GGUF artefacts only"):
+        load(onnx_artifact, kv="f16")
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -255,6 +257,20 @@ def test_golden_sample_of_the_artefact(kind: str, request: pytest.FixtureRequest
     with load(artifact) as engine:
         events = engine.generate([question(golden.question, image)], Sampling(max_new_tokens=len(golden.token_ids)))
         assert tuple(e.id for e in events if isinstance(e, Token)) == golden.token_ids
+
+
+@pytest.mark.parametrize(("kv", "bytes_", "tolerance"), [("f16", 2.0, 3e-2), ("q8_0", 34 / 32, 0.15)])
+def test_llama_cpp_keeps_smaller_keys_and_values_when_asked(
+    kv: str, bytes_: float, tolerance: float, gguf_artifact: Path, torch_backend: TorchBackend
+) -> None:
+    backend = open_gguf(gguf_artifact, LoadOptions(kv=kv), read_manifest(gguf_artifact))  # type: ignore[arg-type]
+    try:
+        assert backend.info.kv_bytes_per_token == int(2 * 2 * 2 * 64 * bytes_)
+        messages = CONVERSATIONS["two images"]
+        expected, got = forced_logits(torch_backend, messages), forced_logits(backend, messages)
+        assert np.abs(expected - got).max() < tolerance * max(1.0, float(expected.std()))
+    finally:
+        backend.close()
 
 
 def test_spans_add_up_and_nothing_is_cached(onnx_artifact: Path) -> None:
