@@ -9,6 +9,7 @@ import atexit
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ from runtime.run import Job, Listener, RemoteRun, Shared, StepRun
 __all__ = ["Engine", "EngineStats", "EventStream", "Listener", "Warmup"]
 
 WARMUP_SIDE = 224
+REST_S = 0.001
 LAST = (Done, Failed)  # not `Done | Failed`: that makes a new type object each time it is evaluated
 
 
@@ -280,15 +282,28 @@ class Engine:
 
 
 class EventStream(Iterator[Event]):
-    """Events of one request, in order. Not a generator: closing one that was never started would cancel nothing."""
+    """Events of one request, in order. Not a generator: closing one that was never started would cancel nothing.
+
+    Whoever reads tokens faster than they can be looked at would only take the interpreter lock from the model: a reader
+    that has just seen a token and finds none waiting rests until a millisecond has passed since it last woke.
+    """
 
     def __init__(self, events: queue.SimpleQueue[Event | Failed], cancel: threading.Event) -> None:
         self._events, self._cancel, self._ended = events, cancel, False
+        self._woke_s = 0.0
+        self._token = False
 
     def __next__(self) -> Event:
         if self._ended:
             raise StopIteration
-        event = self._events.get()
+        if self._events.empty():
+            if self._token and (pause := self._woke_s + REST_S - time.perf_counter()) > 0:
+                time.sleep(pause)
+            event = self._events.get()
+            self._woke_s = time.perf_counter()
+        else:
+            event = self._events.get()
+        self._token = isinstance(event, Token)
         self._ended = isinstance(event, LAST)
         if isinstance(event, Failed):
             raise event.error
