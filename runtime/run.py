@@ -212,7 +212,9 @@ class StepRun(_Timed):
                 # the same picture twice in one request is encoded once only where caches may be used
                 key = image.digest if self.job.reuse != "none" else f"{image.digest} {at}"
                 missing.setdefault(key, []).append(at)
-        for places in missing.values():  # one at a time, so that a request can be stopped between two pictures
+        for done, places in enumerate(missing.values()):  # one at a time: a request can be stopped between two pictures
+            if done:
+                self._end_vision(tokens)
             self._check()
             image = prompt.images[places[0]]
             (embeds_TD,) = self.backend.encode([image])
@@ -220,12 +222,14 @@ class StepRun(_Timed):
                 embeds[at] = embeds_TD
             if self.job.reuse != "none":
                 images.put(image.digest, embeds_TD)
-        computed = len(missing)
+        self.usage = replace(self.usage, cached_images=len(prompt.images) - len(missing))
+        self._end_vision(tokens if missing else 0)
+        return embeds
+
+    def _end_vision(self, tokens: int) -> None:
         if self.job.sync != "none":
             self.backend.sync()
-        self.usage = replace(self.usage, cached_images=len(prompt.images) - computed)
-        self._lap("vision_encode", tokens=tokens * computed, announce=True, cached=not computed)
-        return embeds
+        self._lap("vision_encode", tokens, announce=True, cached=not tokens)
 
     def _prefill(self, prompt: Prompt, embeds: list[Any], keys: list[Any], kept: int) -> Logits:
         context, chunk = self.shared.context, self.shared.prefill_chunk

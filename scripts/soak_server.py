@@ -16,6 +16,7 @@ import http.client
 import io
 import json
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import psutil
 from PIL import Image as Pillow
 
 from runtime.api import Done, EncodedImage, Sampling
+from runtime.environment import cpu_name, usable_cores
 from runtime.images import question
 from runtime.loading import load
 from vlm import digits
@@ -94,7 +96,7 @@ class Soak:
             try:
                 status, text = await self.ask(pool, body, stream, give_up=rng.random() < 0.05)
             except httpx.HTTPError as error:
-                status, text = type(error).__name__, None
+                status, text = f"{type(error).__name__} ({error})", None
             self.statuses[status] += 1
             if status == 429:
                 self.refusal_s.append(time.monotonic() - started)
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    arguments.load_before = round(os.getloadavg()[0], 2)
     images = (blank if arguments.backend == "fake" else pictures)(arguments.pictures)
     right = expected(arguments.artifact, arguments.backend, images)
     process, url = start(arguments)
@@ -209,12 +212,15 @@ def main() -> None:
 def finish(soak: Soak, growth: int, arguments: argparse.Namespace) -> None:
     health_p99 = float(np.quantile(soak.health_s, 0.99))
     result: dict[str, Any] = {
+        "machine": {"cpu": cpu_name(), "cores": usable_cores(), "load_before": arguments.load_before},
+        "model": Path(arguments.artifact).name,
         "clients": arguments.clients,
         "seconds": arguments.seconds,
         "statuses": {str(status): count for status, count in soak.statuses.items()},
         "wrong": len(soak.wrong),
         "growth_mb": growth / 1e6,
         "health_n": len(soak.health_s),
+        "health_p50_ms": 1000 * float(np.median(soak.health_s)),
         "health_p99_ms": 1000 * health_p99,
         "health_max_ms": 1000 * max(soak.health_s),
         "refusal_p99_ms": 1000 * float(np.quantile(soak.refusal_s, 0.99)) if soak.refusal_s else None,

@@ -207,6 +207,7 @@ def test_cancel_takes_effect_between_two_images() -> None:
         images = [picture(value) for value in range(3)]
         done = last(engine.generate([question("hi", *images)], cancel=cancel))  # type: ignore[arg-type]
         assert (done.finish, done.text, backend.calls.count("encode")) == ("cancelled", "", 1)
+        assert done.spans[-1].stage == "vision_encode", "the time of the finished picture is accounted for"
         again = last(engine.generate([question("hi", *images)]))  # type: ignore[arg-type]
     assert (again.text, again.usage.cached_images) == ("abc", 1), "the picture that was finished is kept"
 
