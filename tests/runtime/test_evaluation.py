@@ -396,6 +396,41 @@ run_command(main, ["eval", "x", "--backend", "fake", "--task", "json", "--data",
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_split_without_answers_gives_the_upload_file(
+    tmp_path: Path, model: Scripted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import base64
+    import zipfile
+
+    image = base64.b64encode(png(1)).decode()
+    rows = [f"{n}\tWhat is it {n}?\tcat\tdog\tnan\tnan\t{image}\ttest" for n in (4, 9)]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/mmbench_test.tsv").write_text("\n".join(["index\tquestion\tA\tB\tC\tD\timage\tsplit", *rows]))
+    model._reply = lambda _: "A"
+    given = [
+        "eval",
+        "x",
+        "--backend",
+        "fake",
+        "--task",
+        "mmbench",
+        "--data",
+        str(tmp_path / "d"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main([*given, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["score"] is None
+    assert "this split has no answers" in captured.err
+    with zipfile.ZipFile(tmp_path / "out/submission.xlsx") as archive:
+        sheet = archive.read("xl/worksheets/sheet1.xml").decode()
+    assert sheet.count("<row>") == 3
+    assert model.asked == 4  # two questions, two rotations each
+    with pytest.raises(UserError, match="holds no scored evaluation"):
+        cli.main(["compare", str(tmp_path / "out"), str(tmp_path / "out")])
+
+
 def test_the_judge_decides_open_questions_once(tmp_path: Path, model: Scripted) -> None:
     rows = [
         {

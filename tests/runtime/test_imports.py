@@ -30,11 +30,12 @@ assert not [name for name in sys.modules if name.partition(".")[0] in ("torch", 
 """
 FAKE = """
 import runtime, runtime.api, runtime.engine, runtime.cli, runtime.profiler, runtime.report, vlm
+import runtime.evaluate, runtime.evaluate_compare, runtime.tasks.choices, runtime.tasks.others, runtime.tasks.short_answer
 from runtime.images import question
 with runtime.load("x", backend="fake") as engine:
     *_, done = engine.generate([question("hi")])
 assert done.text == "7"
-heavy = {"torch", "transformers", "tokenizers", "onnxruntime", "llama_cpp", "sklearn", "gradio"}
+heavy = {"pyarrow", "torch", "transformers", "tokenizers", "onnxruntime", "llama_cpp", "sklearn", "gradio"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 TORCH = ["torch", "transformers", "safetensors"]
