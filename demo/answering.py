@@ -72,13 +72,13 @@ async def replies(run: Run, messages: Sequence[Message], sampling: Sampling) -> 
 
 def sampling_of(
     length: float | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: float | None,
-    min_p: float | None,
-    penalty: float | None,
-    seed: float | None,
-    stop: str | None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: float | None = None,
+    min_p: float | None = None,
+    penalty: float | None = None,
+    seed: str | None = None,
+    stop: str | None = None,
 ) -> Sampling:
     """What the controls say; an emptied field means its default.
 
@@ -88,10 +88,12 @@ def sampling_of(
     Raises:
         UserError: a value is out of range.
     """
-    default = Sampling()
+    default, seed = Sampling(), (seed or "").strip()
     tokens = int(length or default.max_new_tokens)
     if tokens > LONGEST_ANSWER:
         raise UserError(f"the longest answer is {tokens} tokens; give 1 to {LONGEST_ANSWER}")
+    if seed and not (seed.isascii() and seed.isdecimal()):
+        raise UserError(f"the seed is {seed!r}; give a whole number from 0 up, or nothing")
     return Sampling(
         max_new_tokens=tokens,
         temperature=float(temperature or 0),
@@ -99,6 +101,6 @@ def sampling_of(
         top_k=int(top_k or 0),
         min_p=float(min_p or 0),
         repetition_penalty=float(default.repetition_penalty if penalty is None else penalty),
-        seed=None if seed is None else int(seed),
+        seed=int(seed) if seed else None,
         stop=tuple(line for line in (stop or "").splitlines() if line),
     )

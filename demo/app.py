@@ -20,7 +20,8 @@ DEVICE_EVERY_S = 2.0
 SWITCH_S = 0.0005
 PLAIN: dict[str, Any] = {"apply_default_css": False, "elem_classes": "page-html"}
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-QUEUED: dict[str, Any] = {"concurrency_id": MODEL, "concurrency_limit": 1, "api_visibility": "private"}
+# who uses the engine is settled by `Engines.turn`, where one who waits can still press Stop
+QUEUED: dict[str, Any] = {"concurrency_id": MODEL, "concurrency_limit": 16, "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class Choice:
         try:
             async with self._engines.turn:
                 engine = await asyncio.to_thread(self._engines.use, key)
-        except ToolError as error:
+        except Exception as error:
             card = page.model_card(entry, state="Not loaded.")
-            yield {self._card: card, self._notice: page.notice(error.message)}
+            problem = error.message if isinstance(error, ToolError) else tab_chat.failure(error)
+            yield {self._card: card, self._notice: page.notice(problem)}
             return
         yield {self._card: page.model_card(entry, info=engine.info)}
 

@@ -79,7 +79,10 @@ def named(paths: Iterable[Path]) -> tuple[Entry, ...]:
     Raises:
         UserError: a path is neither an artefact nor a checkpoint.
     """
-    return _with_distinct_names([describe(path) for path in dict.fromkeys(paths)])
+    distinct: dict[Path, Path] = {}
+    for path in paths:
+        distinct.setdefault(path.resolve(), path)
+    return _with_distinct_names([describe(path) for path in distinct.values()])
 
 
 def describe(path: Path) -> Entry:

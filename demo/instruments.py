@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from demo.catalogue import size_text
 from runtime.api import Done, ModelInfo
 from runtime.clock import Clock, SystemClock
 from runtime.energy import MIN_SAMPLES, Recorder
@@ -19,6 +20,7 @@ from runtime.roofline import device_bandwidth, host_bandwidth, last_level_cache,
 
 KEPT_S = 0.5  # several pages may ask in the same moment
 ROOM_BYTES = 1 << 30  # measuring the memory's speed takes two buffers of 128 MiB a thread
+IN_CACHE = "in cache"
 NO_METER = "no power or energy meter on this machine, or no right to read it"
 
 
@@ -41,10 +43,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, or None and the reason why there is none."""
+    """A number, or None and the reason why there is none; `instead` is shown in its place."""
 
     value: float | None
     reason: str = ""
+    instead: str = "n/a"
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,11 @@ class Instruments:
         )
         if found is None or found["mbu_measured"] is None:
             return Figure(None, bandwidth.reason)
-        return Figure(found["mbu_measured"], f"{found['achieved_gbs']:.1f} of {bandwidth.value:.1f} GB/s")
+        measured = f"{found['achieved_gbs']:.1f} of {bandwidth.value:.1f} GB/s"
+        if found["verdict"] == "cache_resident":
+            sizes = f"{size_text(found['bytes_per_token'])} a token, a cache of {size_text(found['last_level_cache_bytes'])}"
+            return Figure(None, f"not limited by memory: {sizes} ({measured})", IN_CACHE)
+        return Figure(found["mbu_measured"], measured)
 
     def _joules(self, done: Done, recorder: Recorder | None) -> Figure:
         if recorder is None or recorder.meter is None:

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vlm.errors import UserError
 
 FRAME_S = 0.1  # more than 10 updates a second cost the engine's speed and show a person nothing
 HEARTBEAT_S = 0.25  # how soon a closed tab is noticed while the model is silent
+LOOK_S = 0.05  # how soon one who waits for the model notices that nobody wants the answer any more
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,20 @@ class Engines:
         self._key = ""
         self._engine: Engine | None = None
         self._answers = 0
+
+    @contextlib.asynccontextmanager
+    async def wanted(self, cancel: threading.Event) -> AsyncIterator[bool]:
+        """`turn`, or False as soon as `cancel` is set while others still have it."""
+        mine = asyncio.ensure_future(self.turn.acquire())
+        try:
+            while not (mine.done() or cancel.is_set()):
+                await asyncio.wait([mine], timeout=LOOK_S)
+            yield mine.done()
+        finally:
+            mine.cancel()
+            await asyncio.wait([mine])
+            if not mine.cancelled():
+                self.turn.release()
 
     def use(self, key: str) -> Engine:
         """The engine of this model; another one is freed first.

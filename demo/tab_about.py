@@ -34,8 +34,9 @@ def _artefact(found: Manifest) -> str:
         "created": found.created,
         "student": source.get("student"),
         "student sha256": source.get("student_sha256"),
-        "teacher": source.get("teacher"),
+        "teacher": _flat(source.get("teacher")),
         "objective": source.get("objective"),
+        "recipe": source.get("recipe"),
         "data": _flat(source.get("data")),
         "licence": source.get("licence"),
         "tools": _flat(found.tools),
@@ -56,7 +57,7 @@ def _checkpoint(entry: Entry) -> str:
         "format": "PyTorch checkpoint: the reference artefacts are verified against",
         "size": size_text(entry.bytes),
         "precision": entry.precision,
-        **{name: _flat(value) for name, value in known.items()},
+        **{name: value if name == "recipe" else _flat(value) for name, value in known.items()},
     }
     return _table("Provenance", ("fact", "value"), facts.items())
 
@@ -107,6 +108,8 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):  # too much to read past
+        return f"<details><summary>{len(value)} settings</summary>{escape(_flat(value) or '')}</details>"
     return ABSENT if value is None or value == "" else escape(str(value))
 
 

@@ -27,6 +27,7 @@ MOST_IMAGES = 8
 NO_IMAGE = "Choose an image first: drop a file, or click an example."
 NO_QUESTION = "Write a question about the image first."
 BUSY = "The last answer is still running; wait for it or press Stop."
+STOPPED = "Stopped before its turn came."
 TOO_MANY = "Not answered: too many questions are waiting. Ask again in a moment."
 TOO_MANY_IMAGES = f"At most {MOST_IMAGES} images a question; the others were left out."
 Updates: TypeAlias = dict[Any, Any]
@@ -143,7 +144,11 @@ class Handlers:
         session.question = ""
         try:
             sampling = sampling_of(*controls)
-            async with self.engines.turn:
+            async with self.engines.wanted(cancel) as mine:
+                if not mine:
+                    session.messages = [*earlier, _assistant(STOPPED)]
+                    yield {self.w.chat: session.messages}
+                    return
                 if not self.engines.holds(model):
                     yield {self.w.chat: [*earlier, _assistant("Loading the model …")]}
                 engine = await asyncio.to_thread(self.engines.use, model)
@@ -279,12 +284,13 @@ def _settings() -> tuple[Any, tuple[Any, ...]]:
             0, 1.5, value=0, step=0.1, label="Temperature (0 = always the likeliest token)", elem_id="temperature"
         )
         with gr.Row():
-            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p", min_width=140)
-            top_k = gr.Slider(0, 100, value=0, step=1, label="Top k (0 = all tokens)", min_width=140, elem_id="top-k")
+            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p", min_width=200)
+            top_k = gr.Slider(0, 100, value=0, step=1, label="Top k (0 = all tokens)", min_width=200, elem_id="top-k")
         with gr.Row():
-            min_p = gr.Slider(0, 1, value=0, step=0.05, label="Min p", min_width=140)
-            penalty = gr.Slider(0.5, 2, value=1, step=0.05, label="Repetition penalty (1 = off)", min_width=140)
-        seed = gr.Number(None, label="Seed (empty = another one each time)", precision=0, minimum=0)
+            min_p = gr.Slider(0, 1, value=0, step=0.05, label="Min p", min_width=200)
+            penalty = gr.Slider(0.5, 2, value=1, step=0.05, label="Repetition penalty (1 = off)", min_width=200)
+        # not a number field: an empty one of those is 0
+        seed = gr.Textbox("", label="Seed (empty = another one each time)", max_length=20)
         stop = gr.Textbox("", label="Stop at these words (one per line)", lines=1, max_lines=4)
     return remember, (length, temperature, top_p, top_k, min_p, penalty, seed, stop)
 

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from demo import page
-from demo.answering import Reply, Run, replies
+from demo.answering import Reply, Run, replies, sampling_of
 from demo.instruments import Instruments
 from demo.session import Engines, Session
 from demo.tab_chat import BUSY, LONGEST_QUESTION, NO_IMAGE, NO_QUESTION, Updates, failure
@@ -85,7 +85,7 @@ class Handlers:
         }
 
     async def compare(
-        self, session: Session | None, models: Sequence[str], question: str, length: float
+        self, session: Session | None, models: Sequence[str], question: str, length: float | None
     ) -> AsyncIterator[Updates]:
         """Load, warm up, ask, free; then the next."""
         import gradio as gr
@@ -94,19 +94,22 @@ class Handlers:
             yield {self.w.columns: gr.skip()}
             return
         asked = [question_message(question.strip()[:LONGEST_QUESTION], *(p.image for p in session.pictures))]
-        columns = [Column(self.engines.entry(key).name, self.engines.entry(key).label) for key in models]
-        async with self.engines.turn:
+        try:
+            sampling = sampling_of(length)
+            columns = [Column(self.engines.entry(key).name, self.engines.entry(key).label) for key in models]
+        except ToolError as error:
+            yield {self.w.columns: "", self.w.notice: page.notice(error.message)}
+            return
+        async with self.engines.wanted(session.cancel):
             for index, key in enumerate(models):
-                async with aclosing(self._one(columns[index], key, asked, int(length), session.cancel)) as stream:
+                async with aclosing(self._one(columns[index], key, asked, sampling, session.cancel)) as stream:
                     async for column in stream:
                         columns[index] = column
                         yield {self.w.columns: render(columns)}
-                if session.cancel.is_set() and columns[index].state != "done":
-                    break
         yield {self.w.columns: render(columns)}
 
     async def _one(
-        self, column: Column, key: str, asked: Sequence[Message], length: int, cancel: threading.Event
+        self, column: Column, key: str, asked: Sequence[Message], sampling: Sampling, cancel: threading.Event
     ) -> AsyncGenerator[Column, None]:
         if cancel.is_set():
             yield replace(column, state="stopped")
@@ -123,7 +126,7 @@ class Handlers:
             # an event of its own: the stream sets it when it ends, and the next model must still be asked
             own = threading.Event()
             run = Run(engine, self.instruments, column.label, own, reuse="none")
-            async with aclosing(replies(run, asked, Sampling(max_new_tokens=length))) as stream:
+            async with aclosing(replies(run, asked, sampling)) as stream:
                 async for reply in stream:
                     if cancel.is_set():
                         own.set()
@@ -152,7 +155,7 @@ class Handlers:
 
 def render(columns: Sequence[Column]) -> str:
     """Verdict, table and one column per model."""
-    done = [column for column in columns if column.reply is not None and column.reply.view is not None]
+    done = [column for column in columns if column.state == "done"]
     return (
         f"{_verdict(done, len(columns))}{_table(done)}"
         f'<div class="answer-columns">{"".join(_column(column) for column in columns)}</div>'
@@ -187,7 +190,7 @@ def _table(done: Sequence[Column]) -> str:
         cells = "".join(f"<td>{'–' if value is None else milliseconds(value)}</td>" for value in values)
         load = "held" if column.load_s is None else f"{column.load_s:.2f}"
         rows += f'<tr><th scope="row">{escape(column.name)}</th>{cells}<td>{load}</td></tr>'
-    return f'<div class="wide"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<div class="wide"><table class="figures numbers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _column(column: Column) -> str:
@@ -217,8 +220,9 @@ def lay_out(engines: Engines, plain: dict[str, Any]) -> Widgets:
             max_length=LONGEST_QUESTION,
             elem_id="compare-question",
             scale=4,
+            min_width=240,
         )
-        length = gr.Slider(1, 512, value=64, step=1, label="Longest answer (tokens)", scale=2)
+        length = gr.Slider(1, 512, value=64, step=1, label="Longest answer (tokens)", scale=2, min_width=240)
     with gr.Row():
         run = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
         stop = gr.Button("Stop comparing", variant="stop", interactive=False, elem_id="compare-stop", min_width=80)

@@ -29,6 +29,7 @@ from vlm.errors import ToolError, UserError
 ACTIVITY = "profile"
 LOOK_S = 0.25
 MOST_REQUESTS = 700  # enough for p99
+REQUESTS, TOKENS = 64, 32
 EXTRA = 8
 FOLLOW_UP_ASKS = 5  # two first questions, two second ones, one cold
 WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -118,11 +119,10 @@ def process_runner(artifact: str, options: ProfileOptions) -> Runner:
 
 
 class Handlers:
-    """
-    Measures in a thread, and looks at how far it is.
+    """Measures in a thread, and looks at how far it is.
 
-        Args:
-            folder: where reports are written, one folder each; None for the system's temporary folder.
+    Args:
+        folder: where reports are written, one folder each; None for the system's temporary folder.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Handlers:
         }
 
     async def profile(
-        self, session: Session | None, models: Sequence[str], requests: float, tokens: float
+        self, session: Session | None, models: Sequence[str], requests: float | None, tokens: float | None
     ) -> AsyncIterator[Updates]:
         """Free the model in memory, measure every chosen one in a process of its own, show and write the report."""
         import gradio as gr
@@ -165,10 +165,12 @@ class Handlers:
             return
         cancel = session.cancel
         try:
-            options = self._options(int(requests), int(tokens))
+            options = self._options(int(requests or REQUESTS), int(tokens or TOKENS))  # emptied: the default
             artifacts = [str(self.engines.entry(key).path) for key in models]
             progress = Progress(len(artifacts), options.requests, options.extra, cancel)
-            async with self.engines.turn:
+            async with self.engines.wanted(cancel) as mine:
+                if not mine:
+                    raise Stopped
                 await asyncio.to_thread(self.engines.free)
                 work = asyncio.create_task(asyncio.to_thread(self._measure, artifacts, options, progress))
                 try:
@@ -273,12 +275,19 @@ def lay_out(engines: Engines, plain: dict[str, Any]) -> Widgets:
     )
     with gr.Row():
         requests = gr.Slider(
-            4, MOST_REQUESTS, value=64, step=4, label="Requests per model (64 for p90, 662 for p99)", elem_id="requests"
+            4,
+            MOST_REQUESTS,
+            value=REQUESTS,
+            step=4,
+            label="Requests per model (64 for p90, 662 for p99)",
+            elem_id="requests",
+            min_width=240,
         )
-        tokens = gr.Slider(2, 128, value=32, step=1, label="Tokens per answer")
+        tokens = gr.Slider(2, 128, value=TOKENS, step=1, label="Tokens per answer", min_width=240)
     with gr.Row():
         run = gr.Button("Profile", variant="primary", elem_id="profile", min_width=80)
         stop = gr.Button("Stop profiling", variant="stop", interactive=False, elem_id="profile-stop", min_width=80)
+    with gr.Row():
         files = tuple(
             gr.DownloadButton(
                 f"Download {ending.upper()}", interactive=False, elem_id=f"download-{ending}", min_width=80

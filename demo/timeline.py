@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from demo.instruments import Cost, Figure
+from demo.instruments import Cost
 from runtime.api import STAGES, Done, Event, Finish, Stage
 from runtime.latency import Timing, timing
 
@@ -131,9 +131,9 @@ def _headline(view: Breakdown, cost: Cost | None) -> str:
     ]
     if cost is not None:
         share = None if cost.mbu.value is None else 100 * cost.mbu.value
-        mbu = Figure(share, cost.mbu.reason)
-        meaning = f"Model bandwidth utilisation while decoding: {mbu.reason}"
-        figures.append(("MBU", _or_dash(mbu.value, mbu.reason, ".0f"), "" if share is None else "%", meaning))
+        meaning = f"Model bandwidth utilisation while decoding: {cost.mbu.reason}"
+        shown = _or_dash(share, cost.mbu.reason, ".0f", cost.mbu.instead)
+        figures.append(("MBU", shown, "" if share is None else "%", meaning))
         unit = "" if cost.joules.value is None else "J"
         meaning = f"Energy of this answer: {cost.joules.reason}"
         figures.append(("energy", _or_dash(cost.joules.value, cost.joules.reason, ".3g"), unit, meaning))
@@ -155,9 +155,9 @@ def cache_text(timing: Timing) -> str:
     return ", ".join(parts) or (_or_dash(None, "the server does not say") if unknown else "nothing")
 
 
-def _or_dash(value: float | None, reason: str = "needs more tokens", form: str = "") -> str:
+def _or_dash(value: float | None, reason: str = "needs more tokens", form: str = "", instead: str = "n/a") -> str:
     if value is None:
-        return f'<abbr title="{escape(reason)}">n/a</abbr>'
+        return f'<abbr title="{escape(reason)}">{instead}</abbr>'
     return format(value, form) if form else milliseconds(value)
 
 

@@ -30,6 +30,7 @@ ARGS = (
     "--use-fake-ui-for-media-stream",
 )
 PATIENCE_MS = 120_000  # an upper limit for a busy machine, not a measurement
+AGAIN_MS = 5_000
 
 
 def missing() -> str:
@@ -49,8 +50,10 @@ def chromium() -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=list(ARGS))
-        yield browser
-        browser.close()
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 class Visit:
@@ -99,13 +102,20 @@ class Visit:
 
     def set_number(self, place: str, value: str) -> None:
         """Type a number beside a slider; returns when the slider has moved."""
+        from playwright.sync_api import TimeoutError
+
         field = self.page.locator(f"{place} input[type=number]")
-        field.fill(value)
-        field.press("Tab")
-        self.page.wait_for_function(
-            "([place, value]) => document.querySelector(`${place} input[type=range]`).value === value",
-            arg=[place, value],
-        )
+        moved = "([place, value]) => document.querySelector(`${place} input[type=range]`).value === value"
+        for left in reversed(range(PATIENCE_MS // AGAIN_MS)):
+            # a panel that is just opening may take the field back to its old value once
+            field.fill(value)
+            field.press("Tab")
+            try:
+                self.page.wait_for_function(moved, arg=[place, value], timeout=AGAIN_MS)
+                return
+            except TimeoutError:
+                if not left:
+                    raise
 
     def ask(self, question: str) -> None:
         self.page.locator("#question textarea").fill(question)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 from collections.abc import Iterator, Sequence
@@ -46,8 +47,9 @@ def visits() -> Iterator[list[Any]]:
     """What a test opens is put here, and closed at its end, the last first."""
     opened: list[Any] = []
     yield opened
-    for thing in reversed(opened):
-        thing.close()
+    with contextlib.ExitStack() as stack:  # one that fails to close must not leave the others open
+        for thing in opened:
+            stack.callback(thing.close)
 
 
 class GatedBackend(FakeBackend):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from demo import page
-from demo.instruments import NO_METER, Instruments, Reading
+from demo.instruments import IN_CACHE, NO_METER, Instruments, Reading
 from runtime.api import Done, Span, Token, Usage
 from runtime.backend_fake import FakeBackend
 from runtime.clock import VirtualClock
@@ -120,6 +120,18 @@ def test_bandwidth_share_is_bytes_per_token_over_measured_speed(board: Path, mon
     unknown = dataclasses.replace(INFO, decoder_weight_bytes=None)
     assert not instruments.wants_bandwidth(unknown)
     assert "does not say" in instruments.cost(unknown, measured, done, None).mbu.reason
+
+
+def test_weights_in_the_cache_have_no_share_of_the_memorys_speed(board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demo.instruments.host_bandwidth", lambda threads: 5.0)
+    write(board, "sys/devices/system/cpu/cpu0/cache/index3/size", "32768K")
+    write(board, "sys/devices/system/cpu/cpu0/cache/index3/type", "Unified")
+    instruments = Instruments(board, VirtualClock())
+    done, tokens = finished(11)
+    instruments.measure_bandwidth(INFO)
+    share = instruments.cost(INFO, timing([*tokens, done]), done, None).mbu
+    assert (share.value, share.instead) == (None, IN_CACHE)  # and not 200 %
+    assert "10.0 MB a token, a cache of 33.6 MB (10.0 of 5.0 GB/s)" in share.reason
 
 
 def test_a_full_board_is_not_filled_further(board: Path) -> None:

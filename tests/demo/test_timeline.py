@@ -115,6 +115,8 @@ def test_what_was_not_measured_is_absent_and_says_why() -> None:
     html = render(break_down(answer()), "m", cost=cost)
     assert figure(html, "MBU") == '<abbr title="no bandwidth">n/a</abbr>'
     assert figure(html, "energy") == '<abbr title="no &lt;meter&gt;">n/a</abbr>'
+    cached = render(break_down(answer()), "m", cost=Cost(Figure(None, "1 MB", "in cache"), Figure(None)))
+    assert figure(cached, "MBU") == '<abbr title="1 MB">in cache</abbr>'
     measured = render(break_down(answer()), "m", cost=Cost(Figure(0.416, "x"), Figure(1.2345, "y")))
     assert figure(measured, "MBU") == "42<span> %</span>"
     assert figure(measured, "energy") == "1.23<span> J</span>"
