@@ -42,7 +42,7 @@ def _artefact(found: Manifest) -> str:
         "tools": _flat(found.tools),
     }
     return (
-        _table("Provenance", ("fact", "value"), facts.items())
+        _table("Provenance", ("fact", "value"), facts.items(), "texts")
         + _table("Weights", ("part", "type", "bits per weight", "kept at higher precision"), _weights(found.precision))
         + _table("Files", ("file", "role", "size"), ((f.path, f.role, size_text(f.bytes)) for f in found.files))
         + _parity(found.parity)
@@ -59,7 +59,7 @@ def _checkpoint(entry: Entry) -> str:
         "precision": entry.precision,
         **{name: value if name == "recipe" else _flat(value) for name, value in known.items()},
     }
-    return _table("Provenance", ("fact", "value"), facts.items())
+    return _table("Provenance", ("fact", "value"), facts.items(), "texts")
 
 
 def _weights(precision: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
@@ -92,8 +92,12 @@ def _accuracy(accuracy: Mapping[str, Any]) -> str:
     return _table(title, ("answers", "share", "95 % interval"), rows)
 
 
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A titled table; without rows it says that nothing is known."""
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "numbers") -> str:
+    """A titled table; without rows it says that nothing is known.
+
+    Args:
+        kind: CSS class; rows of "numbers" stay on one line, where a screen is narrow the table scrolls.
+    """
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     body = ""
     for first, *others in rows:
@@ -102,7 +106,7 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     if not body:
         return f"<h3>{escape(title)}</h3><p>Not recorded.</p>"
     return (
-        f'<h3>{escape(title)}</h3><div class="wide"><table class="figures"><thead><tr>{head}</tr></thead>'
+        f'<h3>{escape(title)}</h3><div class="wide"><table class="figures {kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -102,7 +102,7 @@ class Visit:
 
     def set_number(self, place: str, value: str) -> None:
         """Type a number beside a slider; returns when the slider has moved."""
-        from playwright.sync_api import TimeoutError
+        from playwright.sync_api import TimeoutError as TookTooLong
 
         field = self.page.locator(f"{place} input[type=number]")
         moved = "([place, value]) => document.querySelector(`${place} input[type=range]`).value === value"
@@ -113,7 +113,7 @@ class Visit:
             try:
                 self.page.wait_for_function(moved, arg=[place, value], timeout=AGAIN_MS)
                 return
-            except TimeoutError:
+            except TookTooLong:
                 if not left:
                     raise
 
