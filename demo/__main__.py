@@ -19,7 +19,7 @@ from demo.session import Engines
 from vlm.console import Parser, note, run_command
 from vlm.errors import MissingPiece, ToolError, UserError
 
-SILENT_MS = 300
+SILENT_MS = 100  # counted from the kernel's first retransmission, itself 200 ms or more after what was not confirmed
 
 
 @dataclass(frozen=True)

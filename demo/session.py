@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from runtime.images import question as question_message
 from vlm.errors import UserError
 
 FRAME_S = 0.1  # more than 10 updates a second cost the engine's speed and show a person nothing
-HEARTBEAT_S = 0.25  # how soon a closed tab is noticed while the model is silent
+FRAMES_PER_COST = 30  # on a slow board, or in a long chat, updates are rarer: they take a thirtieth of one core
+HEARTBEAT_S = 0.25  # how soon a closed tab is noticed while the model is silent; no frame is longer
 LOOK_S = 0.05  # how soon one who waits for the model notices that nobody wants the answer any more
 
 
@@ -207,14 +209,16 @@ async def batches(
     Raises:
         Exception: whatever the request failed with.
     """
-    inbox = _Inbox(asyncio.get_running_loop())
+    inbox, frame_s = _Inbox(asyncio.get_running_loop()), FRAME_S
     engine.submit(messages, sampling, listener=inbox.put, cancel=cancel, reuse=reuse)
     try:
         while True:
-            batch = await inbox.gather()
+            batch = await inbox.gather(frame_s)
+            began_s = time.thread_time()
             yield batch
             if batch and isinstance(batch[-1], Done):
                 return
+            frame_s = min(max(FRAME_S, FRAMES_PER_COST * (time.thread_time() - began_s)), HEARTBEAT_S)
     finally:
         cancel.set()
 
@@ -236,12 +240,12 @@ class _Inbox:
             with contextlib.suppress(RuntimeError):  # the loop is gone: the server is shutting down
                 self._loop.call_soon_threadsafe(self._arrived.set)
 
-    async def gather(self) -> list[Event]:
-        """What came since the last call, after at most HEARTBEAT_S."""
+    async def gather(self, frame_s: float) -> list[Event]:
+        """What came since the last call and within `frame_s` of its first event, or nothing after HEARTBEAT_S."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._arrived.wait(), HEARTBEAT_S)
         if self._events and not isinstance(self._events[-1], (Done, Failed)):
-            await asyncio.sleep(FRAME_S)
+            await asyncio.sleep(frame_s)
         self._arrived.clear()
         self._called = False  # before the events are taken: one that comes now calls again
         gathered = [self._events.popleft() for _ in range(len(self._events))]
