@@ -115,7 +115,7 @@ def build(engines: Engines, setting: Setting | None = None) -> Any:
 
 def _calm(blocks: Any) -> None:
     """Gradio looks into its empty queue a thousand times a second, which takes the engine a twentieth of its core."""
-    queue = getattr(blocks, "_queue", None)
+    queue: Any = getattr(blocks, "_queue", None)
     if hasattr(queue, "sleep_when_free"):
         queue.sleep_when_free = QUEUE_LOOK_S
 
