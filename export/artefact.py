@@ -27,6 +27,7 @@ from export.precision import KINDS, PARTS, Precision, parse_precision
 from export.preflight import preflight
 from export.stages import Stages, stages_of
 from export.student import Student, open_student
+from export.trt_precision import TRT_KINDS, TRT_PARTS, parse_trt_precision
 from vlm.console import note
 from vlm.errors import GateFailed
 from vlm.files import atomic_dir
@@ -117,7 +118,8 @@ class Making:
         storage = self.storage() if self.run.target == "onnx" else None
         manifest = self.attempt(storage)
         if storage is None:
-            return manifest
+            seen = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+            return dataclasses.replace(manifest, parity={**manifest.parity, **seen})
         steps: list[str] = []
         while True:
             rows = self.ablation(manifest, storage, wanted=self.run.auto_precision and not manifest.verified)
@@ -137,7 +139,8 @@ class Making:
         return dataclasses.replace(manifest, parity={**manifest.parity, **extra})
 
     def attempt(self, storage: to_onnx.Storage | None) -> Manifest:
-        manifest = build(self.student, self.evidence, self.run, self.root, storage, self.stages)
+        trt = self.trt_storage() if self.run.target == "tensorrt" else None
+        manifest = build(self.student, self.evidence, self.run, self.root, trt or storage, self.stages)
         checkpoint = self.student.checkpoint
         if not self.run.auto_precision and not self.wants_ablation(storage):
             self.loaded = None  # measuring needs the runtime's memory, not PyTorch's
@@ -156,6 +159,22 @@ class Making:
         if self.run.awq:
             parts = [p for p in PARTS if p != "embed" and KINDS[getattr(storage.precision, p)].bits == 4]
             self.loaded = fold_scales(self.student, self.calibration, 4, parts)
+        return dataclasses.replace(storage, ranges=self.calibration.ranges(), wide=self.calibration.wide())
+
+    def trt_storage(self) -> to_tensorrt.TrtStorage:
+        """As `storage`, for the engines' graphs."""
+        storage = to_tensorrt.TrtStorage(parse_trt_precision(self.run.precision), self.run.algorithm)
+        chosen = storage.precision
+        half = "float16" in (TRT_KINDS[chosen.vision].activation, chosen.activation)
+        if not (half or self.run.awq or self.run.algorithm == "search"):
+            return storage
+        note("calibrating on real images")
+        count = 0 if chosen.calibrated or self.run.awq or self.run.algorithm == "search" else PEAK_PROMPTS
+        self.calibration = observe(self.student, *calibration_prompts(self.student, self.run.calibration, count))
+        if self.run.awq:
+            self.loaded = fold_scales(
+                self.student, self.calibration, 4, [p for p in TRT_PARTS if getattr(chosen, p) == "int4"]
+            )
         return dataclasses.replace(storage, ranges=self.calibration.ranges(), wide=self.calibration.wide())
 
     def wants_ablation(self, storage: to_onnx.Storage | None) -> bool:
@@ -205,23 +224,23 @@ def build(
     evidence: Evidence,
     run: ExportOptions,
     root: Path,
-    storage: to_onnx.Storage | None = None,
+    storage: to_onnx.Storage | to_tensorrt.TrtStorage | None = None,
     stages: Stages | None = None,
 ) -> Manifest:
     """Write all files of an artefact under `root`; the manifest returned is not yet measured nor written."""
     sha256 = student.checkpoint.weights_sha256()
     pair_id = hashlib.sha256(f"{run.target}:{sha256}".encode()).hexdigest()[:16]
-    plan = storage or (plan_storage(run) if run.target == "onnx" else None)
     precision: dict[str, Any]
     weights: dict[str, Any]
-    if plan is not None:
-        files, io, precision, weights = to_onnx.write(student, root, plan, stages or Stages(None))
-    elif run.target == "gguf":
+    if isinstance(storage, to_tensorrt.TrtStorage):
+        files, io, precision, weights = to_tensorrt.write(student, root, storage, stages or Stages(None), pair_id)
+    elif run.target == "onnx":
+        files, io, precision, weights = to_onnx.write(
+            student, root, storage or plan_storage(run), stages or Stages(None)
+        )
+    else:
         files, io = _write_gguf(student, run, root, pair_id)
         precision, weights = _gguf_weights(student, run, {role: path for path, role in files})
-    else:
-        files, io = to_tensorrt.write(student, root, run.precision)
-        precision, weights = _tensorrt_weights(student, run, {role: path for path, role in files})
     files += _shared_files(student, root) + save_golden(evidence, root)
     spec = student.checkpoint.tokenizer.spec
     return Manifest(
@@ -277,24 +296,6 @@ def _gguf_weights(
         "lm_head_bytes": head_bytes,
         "kv_bytes_per_token": facts.kv_bytes_per_token(2),
         "kv_type": "f16",
-    }
-
-
-def _tensorrt_weights(
-    student: Student, run: ExportOptions, paths: dict[str, Path]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    facts, width = student.facts, 2 if run.precision == "fp16" else 4
-    precision = {
-        component: {"type": run.precision, "bits_per_weight": 8 * sum(sizes) / count, "fallbacks": {}}
-        for component in ("vision_encoder", "decoder")
-        for sizes, count in [to_onnx.weight_bytes(paths[component])]
-    }
-    precision["embed_tokens"] = {"type": run.precision, "bits_per_weight": 8.0 * width, "fallbacks": {}}
-    return precision, {
-        "decoder_weight_bytes": sum(to_onnx.weight_bytes(paths["decoder"])[0]),
-        "lm_head_bytes": facts.vocab_size * facts.hidden * width,
-        "kv_bytes_per_token": facts.kv_bytes_per_token(width),
-        "kv_type": run.precision,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from export.parity import GATES, Gate, mixed_gate
+from export.parity import GATES, Gate, mixed_gate, trt_gate
 from export.replay import Backend
 from vlm.chat import ChatSpec, ChatTokenizer
 from vlm.errors import ArtifactError
@@ -31,10 +31,12 @@ def gate_of(manifest: Manifest) -> Gate:
         ArtifactError: a precision this version has no limits for.
     """
     kinds = {part: str(section["type"]) for part, section in manifest.precision.items()}
-    unknown = [kind for kind in kinds.values() if manifest.format == "onnx" and (manifest.format, kind) not in GATES]
+    unknown = [kind for kind in kinds.values() if manifest.format != "gguf" and (manifest.format, kind) not in GATES]
+    head = kinds.get("lm_head", kinds["decoder"])
     if manifest.format == "onnx" and not unknown:
-        head = kinds.get("lm_head", kinds["decoder"])
         return mixed_gate(kinds["vision_encoder"], kinds["embed_tokens"], kinds["decoder"], head)
+    if manifest.format == "tensorrt" and not unknown:
+        return trt_gate(kinds["vision_encoder"], kinds["decoder"], head)
     precision = kinds["decoder"]
     gate = GATES.get((manifest.format, precision))
     if gate is None or unknown:

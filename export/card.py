@@ -22,7 +22,7 @@ const model = await AutoModelForImageTextToText.from_pretrained("{name}", {{ dty
 
 In Python, each graph opens in `onnxruntime.InferenceSession("onnx/....onnx")`; names and types are in `manifest.json`.""",
     "gguf": "With llama.cpp: `llama-mtmd-cli -m {text} --mmproj {mmproj} --image photo.png -p 'question'`",
-    "tensorrt": "On the device: `python build_engine.py` builds the engines of `build_plan.json`.",
+    "tensorrt": "On the device: `python build_engine.py` builds the engines of `build_plan.json`; see docs/tensorrt.md.",
 }
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from export.options import PRECISIONS, TARGETS, ExportOptions, Target, plan_runs
 from export.precision import ALGORITHMS, FLAVOURS, PARTS
+from export.trt_precision import TRT_PARTS
+from vlm import engine_key
 from vlm.console import Parser, natural, note, print_json, table
 from vlm.errors import GateFailed, MissingPiece, UserError
 from vlm.load import newest_run
-from vlm.manifest import check_files, file_entry, read_manifest, write_manifest
+from vlm.manifest import check_files, read_manifest
 
 EXAMPLE = """\
 examples:
@@ -38,15 +40,17 @@ def export_parser() -> argparse.ArgumentParser:
     offered = "; ".join(f"{target}: {', '.join(names)}" for target, names in PRECISIONS.items())
     parser.add_argument(
         "--precision",
-        help=f"{offered} (default: the first; gguf writes both); onnx also per part: int4,PART=KIND with {', '.join(PARTS)}",
+        help=f"{offered} (default: the first; gguf writes both); onnx also per part: int4,PART=KIND with {', '.join(PARTS)}; "
+        f"tensorrt with {', '.join(TRT_PARTS)}",
     )
     parser.add_argument("--samples", type=int, default=200, help="unseen samples for the accuracy gate (default 200)")
     parser.add_argument("--seed", type=natural, default=0, help="of the samples drawn (default 0)")
+    both = parser.add_argument_group("for --target onnx and tensorrt")
+    both.add_argument("--algorithm", choices=ALGORITHMS, default="default", help="how 4-bit scales are chosen")
+    both.add_argument("--awq", action="store_true", help="fold activation-aware scales into weights before rounding")
+    both.add_argument("--calibration", type=Path, help="folder of images (default: training images of the task)")
     onnx = parser.add_argument_group("only for --target onnx")
     onnx.add_argument("--flavour", choices=FLAVOURS, help="operators (default: ort for quantised decoders)")
-    onnx.add_argument("--algorithm", choices=ALGORITHMS, default="default", help="how 4-bit scales are chosen")
-    onnx.add_argument("--awq", action="store_true", help="fold activation-aware scales into weights before rounding")
-    onnx.add_argument("--calibration", type=Path, help="folder of images (default: training images of the task)")
     onnx.add_argument("--auto-precision", action="store_true", help="raise the worst part until the gates hold")
     onnx.add_argument(
         "--ablation",
@@ -73,7 +77,9 @@ def artefact_parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("artefact", type=Path)
     if command == "build":
-        parser.add_argument("--force", action="store_true", help="build even if an engine is up to date")
+        from export import build_engine
+
+        build_engine.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
@@ -122,7 +128,8 @@ def run_export(arguments: argparse.Namespace) -> int:
     if failed := next_step(results):
         raise failed
     if arguments.target == "tensorrt":
-        _build(runs[0].out, force=False)
+        folder, _ = _build(runs[0].out)
+        note(f"engines are in {folder}")
     return 0
 
 
@@ -169,42 +176,46 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_build(arguments: argparse.Namespace) -> int:
-    engines = _build(arguments.artefact, arguments.force)
+    from export import build_engine
+
+    try:
+        options = build_engine.options_of(arguments)
+    except build_engine.Refused as error:
+        raise UserError(str(error)) from None
+    folder, built = _build(arguments.artefact, options)
     if arguments.json:
-        print_json({"artefact": str(arguments.artefact), "engines": engines})
+        record = json.loads((folder / engine_key.RECORD).read_text())
+        print_json({"artefact": str(arguments.artefact), "engines": str(folder), "built": built, **record})
     else:
-        print("\n".join(engines))
+        print(folder)
     return 0
 
 
-def _build(root: Path, force: bool) -> list[str]:
-    """Build engines and list them in the manifest.
+def _build(root: Path, options: Any = None) -> tuple[Path, bool]:
+    """Build the engines of an artefact for this machine; the folder they are in, and whether they are new.
 
     Raises:
         MissingPiece: TensorRT or a GPU is missing; says what to run where it is not.
-        GateFailed: TensorRT refused a graph.
+        UserError: not a TensorRT artefact, an option that does not fit, too little memory. GateFailed: TensorRT refused.
     """
     from export import build_engine
 
     manifest = read_manifest(root)
     if manifest.format != "tensorrt":
         raise UserError(f"{root} is a {manifest.format} artefact; engines are built from --target tensorrt")
-    kept = tuple(entry for entry in manifest.files if entry.role not in ("engine", "engine_key"))
-    check_files(root, dataclasses.replace(manifest, files=kept))
+    check_files(root, manifest)
     try:
-        engines = build_engine.build(root, force)
-    except build_engine.Missing as error:
+        return build_engine.build(root, options)
+    except engine_key.Missing as error:
         note(f"graphs and plan are in {root}")
         raise MissingPiece(
             f"{error}; then copy {root} there and run `python -m export build {root}` "
             f"(or `python {root / 'build_engine.py'}`, which needs nothing else)"
         ) from None
+    except build_engine.Refused as error:
+        raise UserError(str(error)) from None
     except build_engine.BuildError as error:
         raise GateFailed(str(error)) from error
-    added = [file_entry(root, path, "engine") for path in engines]
-    added += [file_entry(root, path.with_name(path.name + ".json"), "engine_key") for path in engines]
-    write_manifest(root, dataclasses.replace(manifest, files=(*kept, *added)))
-    return [str(path) for path in engines]
 
 
 def _quiet_libraries() -> None:

@@ -73,12 +73,16 @@ def decoder_spec(facts: Facts, dtype: str = "float32") -> GraphSpec:
     )
 
 
-def delta_spec(facts: Facts, dtype: str) -> GraphSpec:
-    """Batch one, cache rows [position, head, width] so that new rows land behind the old ones in memory."""
+def delta_spec(facts: Facts, dtype: str, cache_dtype: str) -> GraphSpec:
+    """Batch one, cache rows [position, head, width] so that new rows land behind the old ones in memory.
+
+    Args:
+        dtype: of embeddings and bias. cache_dtype: of keys and values.
+    """
 
     def cache(prefix: str, length: str) -> tuple[Port, ...]:
         dims = (1, length, facts.kv_heads, facts.head_dim)
-        return tuple(Port(f"{prefix}_{p}.{i}", dtype, dims) for i in range(facts.layers) for p in "kv")
+        return tuple(Port(f"{prefix}_{p}.{i}", cache_dtype, dims) for i in range(facts.layers) for p in "kv")
 
     return GraphSpec(
         (
@@ -87,7 +91,7 @@ def delta_spec(facts: Facts, dtype: str) -> GraphSpec:
             Port("attention_bias", dtype, (1, 1, NEW, TOTAL)),
             *cache("past", PAST),
         ),
-        (Port("logits", "float32", (1, 1, facts.vocab_size)), *cache("new", NEW)),
+        (Port("logits", "float32", (1, 1, facts.vocab_size)), Port("token", "int64", (1, 1)), *cache("new", NEW)),
     )
 
 

@@ -85,8 +85,10 @@ class VisionEncoder(nn.Module):
         self.dtype, self.stream, self.features = dtype, recipe.stream, features
         self.patch = embeddings.patch_size
         conv = embeddings.patch_embedding
-        self.register_buffer("kernel", conv.weight.detach().to(dtype))
-        self.register_buffer("kernel_bias", None if conv.bias is None else conv.bias.detach().to(dtype))
+        # ONNX has no bfloat16 convolution before opset 22
+        pixels = torch.float32 if dtype == torch.bfloat16 else dtype
+        self.register_buffer("kernel", conv.weight.detach().to(pixels))
+        self.register_buffer("kernel_bias", None if conv.bias is None else conv.bias.detach().to(pixels))
         self.register_buffer("positions", embeddings.position_embedding.weight.detach().to(dtype))
         is_clip = student.facts.tower == "clip"
         self.register_buffer("cls", embeddings.class_embedding.detach().to(dtype) if is_clip else None)
@@ -99,8 +101,9 @@ class VisionEncoder(nn.Module):
         self.activation = projector.act
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        pixels = pixel_values.to(self.dtype)
+        pixels = pixel_values.to(self.kernel.dtype)
         x = functional.conv2d(pixels, self.kernel, self.kernel_bias, stride=self.patch).flatten(2).transpose(1, 2)
+        x = x.to(self.dtype)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         x = self.pre_norm(x + self.positions).to(self.stream)
@@ -217,7 +220,8 @@ def last_rows(x_BSH: Tensor, count: Tensor) -> Tensor:
 class DeltaDecoder(Decoder):
     """Cache [1,P,K,D] in, only the new rows [1,S,K,D] out: the caller appends them in place.
 
-    attention_bias [1,1,S,T] is 0 where a query may look and the smallest finite number elsewhere.
+    attention_bias [1,1,S,T] is 0 where a query may look and the smallest finite number elsewhere. Beside the logits of
+    the last token comes the likeliest token itself, so that greedy decoding need not fetch a vocabulary of logits.
     """
 
     def forward(
@@ -230,4 +234,5 @@ class DeltaDecoder(Decoder):
             past_k, past_v = past[2 * i].transpose(1, 2), past[2 * i + 1].transpose(1, 2)
             x, k, v, _, _ = layer(x, cos, sin, bias, past_k, past_v)
             rows += [k.transpose(1, 2), v.transpose(1, 2)]
-        return (self.head(self.norm(x[:, -1:])).float(), *rows)
+        logits_11V = self.head(self.norm(x[:, -1:])).float()
+        return (logits_11V, logits_11V.argmax(dim=-1), *rows)

@@ -72,6 +72,10 @@ class Recipe:
     def fell_back(self, reason: str) -> None:
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
 
+    def special(self, sources: tuple[Any, ...], compute: torch.dtype) -> nn.Module | None:
+        """A module of another target's own for these matrices; None for the ones below."""
+        return None
+
     def with_kind(self, kind: Kind) -> Recipe:
         """Another storage under the same activation type (the head under a decoder)."""
         return replace(self, kind=replace(kind, half=self.kind.half))
@@ -84,6 +88,8 @@ def linear(recipe: Recipe, *sources: Any, out: bool = False) -> nn.Module:
         out: this one writes to the residual stream, and works in its type.
     """
     compute = recipe.stream if out else recipe.dtype
+    if (made := recipe.special(sources, compute)) is not None:
+        return made
     if recipe.kind.bits >= 16:
         return FloatLinear(recipe, sources, compute)
     if recipe.flavour == "ort":
@@ -93,6 +99,11 @@ def linear(recipe: Recipe, *sources: Any, out: bool = False) -> nn.Module:
 
 def vision_linear(recipe: Recipe, source: Any, out: bool = False) -> nn.Module:
     """As `linear`; 8 bits are static, because vision activations have a known range and images come in whole."""
+    if (
+        recipe.kind.bits == 8
+        and (made := recipe.special((source,), recipe.stream if out else recipe.dtype)) is not None
+    ):
+        return made
     if recipe.kind.bits == 8:
         return StaticLinear(recipe, source)
     return linear(recipe, source, out=out)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from export.precision import ALGORITHMS, FLAVOURS, KINDS, Algorithm, Flavour, parse_precision
+from export.trt_precision import PRESETS, parse_trt_precision
 from vlm.errors import UserError
 
 Target = Literal["onnx", "gguf", "tensorrt"]
@@ -16,7 +17,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 PRECISIONS: dict[Target, tuple[str, ...]] = {
     "onnx": tuple(KINDS),
     "gguf": ("f16", "q8_0"),
-    "tensorrt": ("fp16", "fp32"),
+    "tensorrt": tuple(PRESETS),
 }
 
 
@@ -28,7 +29,7 @@ class ExportOptions:
         target: file format family.
         student: Hugging Face LLaVA directory.
         out: artefact directory; replaced as a whole when the export succeeds.
-        precision: one of PRECISIONS[target]; for onnx also with overrides per part, `int4,vision=fp16`.
+        precision: one of PRECISIONS[target]; for onnx and tensorrt also with overrides per part, `int4,vision=fp16`.
         samples: unseen question-image pairs on which greedy tokens are compared with PyTorch.
         dry_run: check the student and print files and sizes, write nothing.
         seed: of the images and random continuations used for parity.
@@ -57,6 +58,8 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.target == "onnx":
             parse_precision(self.precision)
+        elif self.target == "tensorrt":
+            parse_trt_precision(self.precision)
         elif self.precision not in PRECISIONS[self.target]:
             raise UserError(
                 f"precision {self.precision!r} is not available for {self.target}; "
@@ -67,7 +70,8 @@ class ExportOptions:
         if self.flavour not in (None, *FLAVOURS) or self.algorithm not in ALGORITHMS:
             raise UserError(f"flavour {self.flavour!r} or algorithm {self.algorithm!r} is unknown; see --help")
         for name in ("flavour", "awq", "calibration", "auto_precision", "ablation"):
-            if self.target != "onnx" and getattr(self, name):
+            shared = self.target == "tensorrt" and name in ("awq", "calibration")
+            if self.target != "onnx" and not shared and getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is for --target onnx, not {self.target}; leave it out")
         if self.calibration is not None and not self.calibration.is_dir():
             raise UserError(f"--calibration {self.calibration} is not a folder; name a folder of images")

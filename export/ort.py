@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from vlm.errors import ArtifactError, MissingPiece
 from vlm.preprocess import ImageSpec, pixels
 
 
-def session(path: Path) -> Any:
+def session(path: Path, emulated: bool = False) -> Any:
     """Open one graph on one CPU thread.
+
+    Args:
+        emulated: the graph may use bfloat16, which ONNX Runtime has no CPU kernels for (see `export.emulate`).
 
     Raises:
         ArtifactError: the file is not a graph ONNX Runtime can load.
@@ -28,6 +32,13 @@ def session(path: Path) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
+        if emulated:
+            from export.emulate import as_float32, uses_bfloat16
+
+            if uses_bfloat16(path):
+                with tempfile.TemporaryDirectory(prefix=".emulated-", dir=path.parent) as folder:
+                    as_float32(path, Path(folder) / path.name)
+                    return session(Path(folder) / path.name)
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library raises many types without a common base
         raise ArtifactError(f"{path} cannot be loaded by ONNX Runtime ({str(error).splitlines()[0]})") from None
@@ -110,17 +121,18 @@ class DeltaBackend:
 
     def __init__(self, vision: Path, table: Path, decoder: Path, image: ImageSpec, image_id: int, context: int) -> None:
         self.image, self.image_id = image, image_id
-        self.vision, self.decoder = session(vision), session(decoder)
+        self.vision, self.decoder = session(vision, emulated=True), session(decoder, emulated=True)
         self.table = np.load(table, mmap_mode="r")
-        pasts = [i for i in self.decoder.get_inputs() if i.name.startswith("past_")]
-        self.past_names = [i.name for i in pasts]
-        _, _, heads, width = pasts[0].shape
-        self.dtype: type[np.floating[Any]] = np.float16 if pasts[0].type == "tensor(float16)" else np.float32
-        self.buffers = [np.zeros((1, context + 1, heads, width), self.dtype) for _ in pasts]
+        inputs = {port.name: port for port in self.decoder.get_inputs()}
+        self.pixels, self.dtype = _numpy_type(self.vision.get_inputs()[0]), _numpy_type(inputs["inputs_embeds"])
+        self.past_names = [name for name in inputs if name.startswith("past_")]
+        past = inputs[self.past_names[0]]
+        _, _, heads, width = past.shape
+        self.buffers = [np.zeros((1, context + 1, heads, width), _numpy_type(past)) for _ in self.past_names]
         self.length = 0
 
     def features(self, image: Image.Image) -> F32:
-        feed = {"pixel_values": pixels(image, self.image)[None].astype(self.dtype)}
+        feed = {"pixel_values": pixels(image, self.image)[None].astype(self.pixels)}
         return np.asarray(self.vision.run(None, feed)[0][0], np.float32)
 
     def _run(self, embeds_SH: npt.NDArray[Any]) -> F32:
@@ -134,7 +146,9 @@ class DeltaBackend:
             "attention_bias": bias[None, None],
             **{n: b[:, :past] for n, b in zip(self.past_names, self.buffers, strict=True)},
         }
-        logits, *rows = self.decoder.run(None, feed)
+        logits, token, *rows = self.decoder.run(None, feed)
+        if np.isfinite(logits).all() and logits[0, -1, token[0, 0]] != logits[0, -1].max():
+            raise ArtifactError("the decoder names another token than its logits do; export again")
         for buffer, row in zip(self.buffers, rows, strict=True):
             buffer[:, past : past + new] = row
         self.length += new
@@ -150,3 +164,7 @@ class DeltaBackend:
 
     def close(self) -> None:
         self.buffers = []
+
+
+def _numpy_type(port: Any) -> type[np.floating[Any]]:
+    return np.float16 if port.type == "tensor(float16)" else np.float32

@@ -63,6 +63,9 @@ GATES: dict[tuple[str, str], Gate] = {
     ("onnx", "q4f16"): Gate(4.0, 4.0, 0.93, 0.05, 0.95, 0.0, 0.02, pooled=True, embedding=0.8, correlation=0.75),
     ("tensorrt", "fp32"): Gate(3e-4, 3e-4, 1.0, 1e-6, 0.999999, 1.0),
     ("tensorrt", "fp16"): Gate(0.03, 0.05, 0.94, 1e-4, 0.9999, 0.99),
+    ("tensorrt", "bf16"): Gate(0.25, 0.4, 0.95, 2e-3, 0.999, 0.9, pooled=True, correlation=0.999),
+    ("tensorrt", "int8"): Gate(1.0, 2.0, 0.95, 0.02, 0.98, 0.85, 0.02, pooled=True, correlation=0.97),
+    ("tensorrt", "int4"): Gate(4.0, 4.0, 0.93, 0.05, 0.95, 0.0, 0.02, pooled=True, correlation=0.75),
     ("gguf", "f16"): Gate(0.03, 0.05, 0.94, 1e-4, 0.9999, 0.99),
     ("gguf", "q8_0"): Gate(0.3, 0.6, 0.88, 1e-3, 0.9999, 0.9),
 }
@@ -71,16 +74,26 @@ GATES: dict[tuple[str, str], Gate] = {
 def mixed_gate(vision: str, embed: str, decoder: str, head: str) -> Gate:
     """Limits of an ONNX artefact whose parts differ: each measure is held to the coarsest part it depends on."""
     kinds = [GATES["onnx", kind] for kind in (vision, embed, decoder, head)]
+    return _coarsest(kinds, cosine=kinds[0].cosine, embedding=kinds[1].embedding)
+
+
+def trt_gate(vision: str, decoder: str, head: str) -> Gate:
+    """The same for a TensorRT artefact, whose embedding table is never rounded further than its decoder."""
+    kinds = [GATES["tensorrt", kind] for kind in (vision, decoder, head)]
+    return _coarsest(kinds, cosine=kinds[0].cosine)
+
+
+def _coarsest(kinds: Sequence[Gate], cosine: float, embedding: float = 0.0) -> Gate:
     return Gate(
         prefill=max(g.prefill for g in kinds),
         decode=max(g.decode for g in kinds),
         top1=min(g.top1 for g in kinds),
         kl=max(g.kl for g in kinds),
-        cosine=GATES["onnx", vision].cosine,
+        cosine=cosine,
         tokens_equal=min(g.tokens_equal for g in kinds),
         accuracy_drop=max(g.accuracy_drop for g in kinds),
         pooled=any(g.pooled for g in kinds),
-        embedding=GATES["onnx", embed].embedding,
+        embedding=embedding,
         correlation=min(g.correlation for g in kinds),
     )
 

@@ -13,6 +13,7 @@ from export import to_gguf
 from export.options import ExportOptions
 from export.precision import BLOCK, KINDS, PARTS, parse_precision
 from export.student import Facts, read_facts
+from export.trt_precision import BLOCKS, TRT_KINDS, TRT_PARTS, parse_trt_precision
 from vlm.console import note
 from vlm.errors import CheckpointError, UserError
 from vlm.load import Checkpoint, open_checkpoint
@@ -109,13 +110,15 @@ def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def _bytes(run: ExportOptions, facts: Facts, shapes: dict[str, tuple[int, ...]]) -> int:
     table = facts.vocab_size * facts.hidden
-    if run.target != "onnx":
-        count = sum(int(np.prod(shape)) for shape in shapes.values())
-        count += table if facts.tied and run.target == "tensorrt" else 0
-        bits = KINDS[run.precision].bits if run.target == "tensorrt" else BITS[run.precision]
-        return int(count * bits / 8)
-    precision = parse_precision(run.precision)
-    bits_of = {part: _bits(getattr(precision, part)) for part in PARTS}
+    if run.target == "gguf":
+        return int(sum(int(np.prod(shape)) for shape in shapes.values()) * BITS[run.precision] / 8)
+    if run.target == "tensorrt":
+        trt = parse_trt_precision(run.precision)
+        bits_of = {part: _trt_bits(getattr(trt, part)) for part in TRT_PARTS}
+        bits_of["embed"] = 16.0 if trt.io == "float16" else 32.0
+    else:
+        precision = parse_precision(run.precision)
+        bits_of = {part: _bits(getattr(precision, part)) for part in PARTS}
     total = table * (bits_of["embed"] + bits_of["head"]) / 8
     for name, shape in shapes.items():
         if "embed_tokens" in name or "lm_head" in name:
@@ -124,6 +127,11 @@ def _bytes(run: ExportOptions, facts: Facts, shapes: dict[str, tuple[int, ...]])
         bits = bits_of[part] if len(shape) == 2 and "position" not in name else 32
         total += int(np.prod(shape)) * bits / 8
     return int(total)
+
+
+def _trt_bits(kind: str) -> float:
+    known = TRT_KINDS[kind].kind
+    return known.bits + (16 / BLOCKS[-1] if known.bits == 4 else 0)
 
 
 def _bits(kind: str) -> float:

@@ -3,155 +3,260 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export import build_engine
+from export import build_engine, trt_ops
 from export.declare import NEW, PAST, TOTAL, GraphSpec, delta_spec, vision_spec
-from export.precision import KINDS
+from export.precision import Algorithm
+from export.sizes import parameter_counts, weight_sizes
+from export.stages import Stages
 from export.student import Student
 from export.to_onnx import save, trace
-from vlm.errors import GateFailed
+from export.trt_precision import TRT_KINDS, TrtPrecision
+from vlm import engine_key
 from vlm.files import sha256_file
 
-PLAN_SCHEMA = "vlm-build-plan/1"
-TORCH_NAMES = {"fp16": "float16", "fp32": "float32"}
+if TYPE_CHECKING:
+    from torch import nn
+
+    from export.linear import Range
+
+PLAN_SCHEMA = "vlm-build-plan/2"
 RESERVED_ROWS = 1
-MAX_IMAGES = 4
-WORKSPACE = 1 << 30
+IMAGE_BUCKETS = (1, 2, 4)
 CONTEXT_LIMIT = 4096
-# every operator and element type here is parsed by TensorRT 10.3 and later; no plugin, no contrib operator
-PLAIN_OPS = frozenset(
-    [
-        "Add",
-        "Cast",
-        "Concat",
-        "Conv",
-        "Cos",
-        "Div",
-        "Erf",
-        "Expand",
-        "Gather",
-        "LayerNormalization",
-        "MatMul",
-        "Mul",
-        "Neg",
-        "Pow",
-        "ReduceMean",
-        "Reshape",
-        "Shape",
-        "Sigmoid",
-        "Sin",
-        "Slice",
-        "Softmax",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Tanh",
-        "Transpose",
-        "Unsqueeze",
-    ]
-)
-PLAIN_TYPES = frozenset({"FLOAT", "FLOAT16", "INT64", "INT32", "BOOL"})
+PREFILL_ROWS = 512
+TABLE_ROWS = 8192
+# past lengths for which the runtime records a CUDA graph; longer ones in steps of the last
+DECODE_BUCKETS = (128, 256, 512, 1024)
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+Files = list[tuple[Path, str]]
 
 
-def write(student: Student, root: Path, precision: str) -> tuple[list[tuple[Path, str]], dict[str, Any]]:
-    """Write vision and decoder graphs, the embedding table, the plan and the build script.
+@dataclass(frozen=True)
+class TrtStorage:
+    """How weights are kept in the two graphs.
 
-    Returns: (file, role) pairs, and the manifest's `io`.
+    Attributes:
+        ranges: calibration per module path; int8 needs it.
+        wide: parts whose residual stream leaves float16 and stays float32.
     """
+
+    precision: TrtPrecision
+    algorithm: Algorithm = "default"
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    wide: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class TrtGraph:
+    """One graph before it is traced; `fallbacks` fills while it is."""
+
+    stem: str
+    spec: GraphSpec
+    opset: int
+    build: Callable[[], nn.Module]
+    fallbacks: dict[str, int]
+
+
+def graphs(student: Student, storage: TrtStorage) -> tuple[TrtGraph, TrtGraph]:
+    """Vision encoder and decoder."""
     import torch
 
     from export.graph import DeltaDecoder, VisionEncoder
-    from export.linear import Recipe
+    from export.trt_linear import TrtRecipe, recipe_of
 
-    name = TORCH_NAMES[precision]
-    recipe = Recipe(student, KINDS[precision])
-    facts, tokens = student.facts, student.checkpoint.image.tokens
-    vision, decoder = vision_spec(facts, tokens, name), delta_spec(facts, name)
-    files: list[tuple[Path, str]] = []
-    graphs = (
-        ("vision_encoder", VisionEncoder(recipe, getattr(torch, name)), vision, "vision_encoder"),
-        ("decoder", DeltaDecoder(recipe), decoder, "decoder"),
+    facts, chosen = student.facts, storage.precision
+
+    def recipe(part: str, kind: str) -> TrtRecipe:
+        known = TRT_KINDS[kind]
+        half = known.activation == "float16"  # bfloat16 has float32's range
+        return TrtRecipe(
+            student,
+            known.kind,
+            algorithm=storage.algorithm,
+            ranges=storage.ranges,
+            wide=half and part in storage.wide,
+            activation=known.activation,
+        )
+
+    vision, decoder = recipe("vision", chosen.vision), recipe("decoder", chosen.decoder)
+    pixels = "float32" if vision.activation == "bfloat16" else vision.activation
+    head = recipe_of(decoder, chosen.head).kind
+    return (
+        TrtGraph(
+            "vision_encoder",
+            vision_spec(facts, student.checkpoint.image.tokens, pixels),
+            TRT_KINDS[chosen.vision].opset,
+            lambda: VisionEncoder(vision, getattr(torch, pixels)),
+            vision.fallbacks,
+        ),
+        TrtGraph(
+            "decoder",
+            delta_spec(facts, chosen.io, chosen.activation),
+            chosen.decoder_opset,
+            lambda: DeltaDecoder(decoder, head),
+            decoder.fallbacks,
+        ),
     )
-    for stem, module, spec, role in graphs:
-        path = root / "onnx" / f"{stem}.onnx"
-        extra = save(trace(module, spec, student), path)
-        check_plain(path)
-        files += [(path, role), *extra]
-    table = root / "embed_tokens.npy"
-    np.save(table, student.model.model.language_model.embed_tokens.weight.float().numpy().astype(name))
-    plan = root / build_engine.PLAN
-    plan.write_text(json.dumps(make_plan(student, root, vision, decoder), indent=1) + "\n")
-    script = root / "build_engine.py"
-    shutil.copyfile(build_engine.__file__, script)
-    files += [(table, "embed_tokens"), (plan, "build_plan"), (script, "build_script")]
-    return files, {"vision_encoder": vision.to_json(), "decoder": decoder.to_json()}
 
 
-def check_plain(path: Path) -> None:
-    """Hold a graph to the operators every supported TensorRT parses.
+def write(
+    student: Student, root: Path, storage: TrtStorage, stages: Stages, pair_id: str
+) -> tuple[Files, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Write vision and decoder graphs, the embedding table, the plan and the build script.
+
+    Returns: (file, role) pairs, and the manifest's `io`, `precision` and numbers for `model`.
 
     Raises:
-        GateFailed: names the first operator or type outside the list.
+        GateFailed: a graph holds something a TensorRT we claim does not parse.
     """
-    import onnx
+    files: Files = []
+    planned = graphs(student, storage)
+    for graph in planned:
+        key = _stage_key(student, storage, graph.stem)
+        files += stages.files(graph.stem, key, root, lambda folder, g=graph: _write_graph(student, g, folder))  # type: ignore[misc]  # fmt: skip
+    table = root / "embed_tokens.npy"
+    _write_table(student, table, storage.precision.io)
+    plan = root / build_engine.PLAN
+    plan.write_text(json.dumps(make_plan(student, root, storage.precision, planned, pair_id), indent=1) + "\n")
+    files += [(table, "embed_tokens"), (plan, "build_plan")]
+    for module, role in ((build_engine, "build_script"), (engine_key, "build_script_part")):
+        script = root / Path(module.__file__).name  # type: ignore[arg-type]
+        shutil.copyfile(module.__file__, script)  # type: ignore[arg-type]
+        files.append((script, role))
+    section, counts = _describe(student, storage, {role: path for path, role in files}, planned)
+    return files, {graph.stem: graph.spec.to_json() for graph in planned}, section, counts
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    for node in graph.node:
-        if node.op_type not in PLAIN_OPS or node.domain not in ("", "ai.onnx"):
-            raise GateFailed(
-                f"{path.name} uses {node.domain or 'ai.onnx'}.{node.op_type}, which TensorRT may not parse"
-            )
-    for tensor in graph.initializer:
-        name = onnx.TensorProto.DataType.Name(tensor.data_type)
-        if name not in PLAIN_TYPES:
-            raise GateFailed(f"{path.name} holds a {name} tensor ({tensor.name}), which TensorRT does not take")
+
+def _write_table(student: Student, path: Path, dtype: str) -> None:
+    """A piece at a time: a large vocabulary in float32 beside the model would double its memory."""
+    weight = student.model.model.language_model.embed_tokens.weight.detach()
+    table = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=tuple(weight.shape))
+    for start in range(0, len(weight), TABLE_ROWS):
+        table[start : start + TABLE_ROWS] = weight[start : start + TABLE_ROWS].float().numpy()
+    table.flush()
 
 
-def make_plan(student: Student, root: Path, vision: GraphSpec, decoder: GraphSpec) -> dict[str, Any]:
+def _write_graph(student: Student, graph: TrtGraph, folder: Path) -> Files:
+    path = folder / "onnx" / f"{graph.stem}.onnx"
+    role = "vision_encoder" if graph.stem == "vision_encoder" else "decoder"
+    files = [(path, role), *save(trace(graph.build(), graph.spec, student, graph.opset), path)]
+    trt_ops.check(path)
+    return files
+
+
+def _stage_key(student: Student, storage: TrtStorage, stem: str) -> dict[str, Any]:
+    """Everything the bytes of one graph depend on, this program's own text included."""
+    seen = hashlib.sha256()
+    for path, fold in sorted(student.folds.items()):
+        for scale in (fold.input, fold.output):
+            seen.update(path.encode() + (b"" if scale is None else scale.numpy().tobytes()))
+    for path, span in sorted(storage.ranges.items()):
+        seen.update(f"{path} {span.low} {span.high}".encode() + span.power_K.numpy().tobytes())
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    return {
+        "student": student.checkpoint.weights_sha256(),
+        "graph": f"tensorrt {stem}",
+        "options": [repr(storage.precision), storage.algorithm, sorted(storage.wide)],
+        "calibration": seen.hexdigest(),
+        "code": code.hexdigest(),
+        "versions": [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")],
+    }
+
+
+def _describe(
+    student: Student, storage: TrtStorage, paths: dict[str, Path], planned: tuple[TrtGraph, TrtGraph]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest's precision section, and the byte counts a profiler needs."""
+    facts, chosen, counts = student.facts, storage.precision, parameter_counts(student)
+    vision, decoder = weight_sizes(paths["vision_encoder"]), weight_sizes(paths["decoder"])
+    head = sum(size for name, size in decoder.items() if name.startswith("head."))
+    stored = {
+        "vision_encoder": ("vision", chosen.vision, sum(vision.values()), planned[0].fallbacks),
+        "decoder": ("decoder", chosen.decoder, sum(decoder.values()) - head, planned[1].fallbacks),
+        "lm_head": ("head", chosen.head, head, {}),
+        "embed_tokens": ("embed", "fp16" if chosen.io == "float16" else "fp32", counts["embed"] * BYTES[chosen.io], {}),
+    }
+    section = {
+        name: {"type": kind, "bits_per_weight": 8 * size / counts[part], "bytes": size, "fallbacks": dict(fallbacks)}
+        for name, (part, kind, size, fallbacks) in stored.items()
+    }
+    return section, {
+        "decoder_weight_bytes": sum(decoder.values()),
+        "lm_head_bytes": head,
+        "kv_bytes_per_token": facts.kv_bytes_per_token(BYTES[chosen.activation]),
+        "kv_type": {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[chosen.activation],
+    }
+
+
+def make_plan(
+    student: Student, root: Path, precision: TrtPrecision, planned: tuple[TrtGraph, TrtGraph], pair_id: str
+) -> dict[str, Any]:
     """What to build: shapes as [minimum, typical, maximum] per profile, and how the caller keeps the cache."""
-    facts = student.facts
+    facts, vision, decoder = student.facts, planned[0].spec, planned[1].spec
     context = min(facts.context_length, CONTEXT_LIMIT)
-    prompt = min(context, student.checkpoint.image.tokens + 64)
+    rows = min(context, PREFILL_ROWS)
+    typical = min(rows, student.checkpoint.image.tokens + 64)
     side = facts.image_size
-    row_bytes = facts.kv_heads * facts.head_dim * (2 if decoder.inputs[0].dtype == "float16" else 4)
-    images = [[n, 3, side, side] for n in (1, 1, MAX_IMAGES)]
+    images = {f"images_{n}": {vision.inputs[0].name: [[n, 3, side, side]] * 3} for n in IMAGE_BUCKETS}
+    cache = next(port for port in decoder.inputs if port.name.startswith("past_"))
+    row_bytes = facts.kv_heads * facts.head_dim * BYTES[cache.dtype]
     return {
         "schema": PLAN_SCHEMA,
-        "tensorrt": {"minimum": "10.3", "below": "12", "strongly_typed": True},
-        "builder": {"workspace_bytes": WORKSPACE, "optimization_level": 3},
-        "timing_cache": "engines/timing.cache",
+        "pair_id": pair_id,
+        "tensorrt": {"minimum": "10.3", "below": "12", "checked": [p.version for p in trt_ops.PARSERS]},
+        "builder": {
+            "optimization_level": 3,
+            "version_compatible": False,
+            "hardware_compatible": "none",
+            "tf32": "fp32" not in (precision.vision, precision.decoder, precision.head),
+        },
         "engines": {
-            "vision_encoder": {
-                "onnx": "onnx/vision_encoder.onnx",
-                "engine": "engines/vision_encoder.engine",
-                "graph_sha256": graph_sha256(root / "onnx" / "vision_encoder.onnx"),
-                "profiles": {"vision": {vision.inputs[0].name: images}},
-            },
+            "vision_encoder": {**_graph(root, "vision_encoder"), "profiles": images},
             "decoder": {
-                "onnx": "onnx/decoder.onnx",
-                "engine": "engines/decoder.engine",
-                "graph_sha256": graph_sha256(root / "onnx" / "decoder.onnx"),
+                **_graph(root, "decoder"),
                 "profiles": {
-                    "prefill": _profile(decoder, (1, prompt, context), (1, 1, context)),
-                    "decode": _profile(decoder, (1, 1, 1), (1, prompt, context)),
+                    "prefill": _profile(decoder, (1, typical, rows), (1, 1, context)),
+                    "decode": _profile(decoder, (1, 1, 1), (1, typical, context)),
                 },
             },
         },
         "cache": {
             "reserved_rows": RESERVED_ROWS,
             "row_bytes": row_bytes,
-            # TensorRT takes addresses at multiples of 256: else new rows go through a buffer and a copy
-            "zero_copy": row_bytes % 256 == 0,
+            # TensorRT takes addresses at multiples of 256: new rows go in place where theirs is one, else they are copied
+            "in_place_every": 256 // int(np.gcd(256, row_bytes)),
             "max_rows": context + RESERVED_ROWS,
+            "prefill_rows": rows,
+            "decode_buckets": decode_buckets(context),
             "note": "row 0 is zeros and always masked; bind past at the start of a buffer and new rows behind them",
         },
-        "key": ["graph", "profiles", "builder", "tensorrt", "gpu", "sm", "cuda", "l4t"],
+    }
+
+
+def decode_buckets(context: int) -> list[int]:
+    """Past lengths, the reserved row included, rising to the context."""
+    step = DECODE_BUCKETS[-1]
+    ends = [*DECODE_BUCKETS, *range(2 * step, context, step)]
+    return [*(end for end in ends if end < context), context]
+
+
+def _graph(root: Path, stem: str) -> dict[str, Any]:
+    path = root / "onnx" / f"{stem}.onnx"
+    parts = [part for part in (path, path.with_name(path.name + "_data")) if part.is_file()]
+    return {
+        "onnx": f"onnx/{stem}.onnx",
+        "graph_sha256": hashlib.sha256("".join(sha256_file(part) for part in parts).encode()).hexdigest(),
+        "weight_bytes": sum(part.stat().st_size for part in parts),
     }
 
 
@@ -162,10 +267,3 @@ def _profile(spec: GraphSpec, new: tuple[int, ...], past: tuple[int, ...]) -> di
         sizes = ({NEW: s, PAST: p, TOTAL: s + p} for s, p in zip(new, past, strict=True))
         shapes[port.name] = [[size[d] if isinstance(d, str) else d for d in port.dims] for size in sizes]
     return shapes
-
-
-def graph_sha256(path: Path) -> str:
-    """One hash over a graph and its external data."""
-    data = path.with_name(path.name + "_data")
-    parts = [sha256_file(p) for p in (path, data) if p.is_file()]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -76,7 +76,10 @@ def _loading(command: Parser) -> None:
         help="prompt tokens between two looks at a cancel; fewer stop sooner (default: %(default)s)",
     )
     command.add_argument(
-        "--provider", default=defaults.provider, help="ONNX on a GPU: tensorrt for the vision encoder (default: CUDA)"
+        "--provider",
+        default=defaults.provider,
+        help="TensorRT artefacts: cpu, cuda or tensorrt runs the graphs in ONNX Runtime (default: the engines); "
+        "ONNX artefacts on a GPU: tensorrt for the vision encoder (default: CUDA)",
     )
     command.add_argument(
         "--kv", default=defaults.kv, help="GGUF: keys and values in f32, f16 or q8_0 (default: %(default)s, as PyTorch)"

@@ -112,7 +112,18 @@ def _torch() -> str:
 
 def _tensorrt() -> str:
     need_package("tensorrt", "tensorrt")
-    return f"tensorrt {package_version('tensorrt')} (this version builds engines, it does not run them)"
+    from runtime.cuda import load_cudart
+    from vlm import engine_key
+
+    load_cudart()
+    try:
+        device = engine_key.device_facts()
+    except engine_key.Missing as error:
+        raise MissingPiece(str(error)) from None
+    board = f", L4T {device['l4t']}" if device["l4t"] else ""
+    return (
+        f"tensorrt {package_version('tensorrt')} on {device['gpu']} (sm {device['sm']}, CUDA {device['cuda']}{board})"
+    )
 
 
 def _serve() -> str:

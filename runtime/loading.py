@@ -63,8 +63,8 @@ def open_backend(root: Path, backend: str, options: LoadOptions) -> Backend:
         raise UserError(f"{root} is not a directory; name an artefact or a checkpoint directory")
     is_artifact = (root / NAME).is_file()
     format_ = read_manifest(root).format if is_artifact else "checkpoint"
-    if options.provider != "auto" and format_ != "onnx":
-        raise UserError(f"{root}: a provider is chosen for ONNX artefacts only; leave --provider out")
+    if options.provider != "auto":
+        _check_provider(root, options, format_)
     if options.kv != "f32" and format_ != "gguf":
         raise UserError(f"{root}: the type of keys and values is chosen for GGUF artefacts only; leave --kv out")
     if backend == "torch" or (backend == "auto" and not is_artifact and (root / "config.json").is_file()):
@@ -89,6 +89,17 @@ def open_backend(root: Path, backend: str, options: LoadOptions) -> Backend:
     from runtime.backend_tensorrt import open_tensorrt
 
     return open_tensorrt(root, options, manifest)
+
+
+def _check_provider(root: Path, options: LoadOptions, kind: str) -> None:
+    if kind == "tensorrt":
+        return
+    if kind != "onnx" or options.provider != "tensorrt":
+        raise UserError(
+            f"{root}: a provider is chosen for TensorRT artefacts, and tensorrt for ONNX artefacts only; leave --provider out"
+        )
+    if options.device != "cuda":
+        raise UserError(f"provider {options.provider} needs a GPU; add `--device cuda`")
 
 
 def _fake(artifact: Path, options: LoadOptions) -> Backend:

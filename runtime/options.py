@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from vlm.errors import UserError
 
 Device = Literal["cpu", "cuda"]
-Provider = Literal["auto", "tensorrt"]
+Provider = Literal["auto", "cpu", "cuda", "tensorrt", "edge-llm"]
 CacheType = Literal["f32", "f16", "q8_0"]
 
 
@@ -24,7 +24,8 @@ class LoadOptions:
         queue_size: requests that may wait while one runs.
         image_cache_mb: room for image embeddings kept for later requests; 0 keeps none.
         prefill_chunk: prompt tokens computed between two looks at the cancel flag.
-        provider: ONNX artefacts on a GPU: `tensorrt` lets ONNX Runtime build a TensorRT engine of the vision encoder.
+        provider: TensorRT artefacts: their engines (`auto`), or their graphs in ONNX Runtime on this provider. ONNX
+            artefacts on a GPU: `tensorrt` lets ONNX Runtime build a TensorRT engine of the vision encoder.
         kv: GGUF artefacts: type of keys and values. f32 answers as PyTorch does; f16 and q8_0 are smaller, and llama.cpp
             then uses flash attention, as its own programs do.
     """
@@ -47,8 +48,6 @@ class LoadOptions:
         for name, kinds in (("device", Device), ("provider", Provider), ("kv", CacheType)):
             if (value := getattr(self, name)) not in get_args(kinds):
                 raise UserError(f"{name} is {value!r}; known: {', '.join(get_args(kinds))}")
-        if self.provider != "auto" and self.device != "cuda":
-            raise UserError(f"provider {self.provider} needs a GPU; add `--device cuda`")
 
 
 def options_from(values: dict[str, Any]) -> LoadOptions:

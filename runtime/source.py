@@ -25,7 +25,7 @@ from vlm.preprocess import ImageSpec
 
 # what a board must hold to answer; the rest of an artefact is evidence and files for other programs
 RUN_ROLES = frozenset(
-    ("vision_encoder", "embed_tokens", "decoder", "external_data", "text_gguf", "mmproj", "engine", "tokenizer")
+    ("vision_encoder", "embed_tokens", "decoder", "external_data", "text_gguf", "mmproj", "tokenizer")
 )
 
 

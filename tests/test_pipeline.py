@@ -74,11 +74,14 @@ def test_tensorrt_leaves_graphs_plan_and_script_and_says_what_to_do(folder: Path
     assert done.returncode == 3, done.stderr
     assert "python -m export build trt" in done.stderr
     names = {path.name for path in (folder / "trt").rglob("*")}
-    assert {"build_plan.json", "build_engine.py", "manifest.json"} <= names
+    assert {"build_plan.json", "build_engine.py", "engine_key.py", "manifest.json"} <= names
     assert any(name.endswith(".onnx") for name in names)
     asked = run(folder, "runtime", "ask", "trt", "--image", "0.png", "what?")
     assert asked.returncode == 3
     assert "tensorrt" in asked.stderr
+    asked = run(folder, "runtime", "ask", "trt", "--provider", "cpu", "--image", "0.png", "what?", "--json")
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout.splitlines()[-1])["tokens"] > 0
 
 
 README = (ROOT / "README.md").read_text()

@@ -56,6 +56,30 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A student nobody asked anything yet."""
+
+    directory: Path
+    student: Student
+
+
+@pytest.fixture(scope="session")
+def students(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Opened]:
+    """Factory: (tower, decoder, further Shape fields) -> opened student, for tests of graphs that run nothing."""
+    made: dict[str, Opened] = {}
+
+    def get(tower: str, decoder: str, **sizes: Any) -> Opened:
+        key = json.dumps([tower, decoder, sizes], sort_keys=True)
+        if key not in made:
+            where = tmp_path_factory.mktemp("opened") / f"{tower}-{decoder}"
+            directory = make_student(where, tower=tower, decoder=decoder, **sizes)
+            made[key] = Opened(directory, open_student(open_checkpoint(directory)))
+        return made[key]
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def subjects(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subject]:
     """Factory: (tower, decoder, further Shape fields) -> subject, made once per combination."""
