@@ -192,7 +192,7 @@ def _report(
 ) -> int:
     benchmark = BENCHMARKS[task.name]
     mode = options.mode or benchmark.mode
-    records = [_record(item, answers[item.id], mode, task.name) for item in task.items]
+    records = [record_of(item, answers[item.id], mode, task.name) for item in task.items]
     if options.mode and benchmark.strict is None:
         note(f"{task.name}: replies are read in one way only; --mode plays no part")
     if options.judge:
@@ -216,7 +216,8 @@ def _report(
     return 0
 
 
-def _record(item: Item, answer: dict[str, Any], mode: str, name: str) -> Record:
+def record_of(item: Item, answer: dict[str, Any], mode: str, name: str) -> Record:
+    """A line of samples.jsonl: the question, the answer, and what it is worth."""
     record: Record = {"id": item.id, "prompt": item.prompt, "group": item.group, "truth": item.truth}
     record |= {key: answer[key] for key in ("prediction", "finish", "tokens", "ms", "error") if key in answer}
     if answer.get("error"):  # not asked: wrong, whatever an empty reply would count as

@@ -29,6 +29,9 @@ READERS = {
     "json": ("others", "generic"),
 }
 
+# these come in one piece
+WHOLE = ("mme", "mmvp", "vstar", "mmstar", "mme-reasoning", "av-odyssey", "json")
+
 
 def read_task(name: str, options: TaskOptions) -> Task:
     """Read a task; with `options.samples` a subset of it.
@@ -39,6 +42,8 @@ def read_task(name: str, options: TaskOptions) -> Task:
     """
     if name not in READERS:
         raise UserError(f"unknown task {name!r}; known: {', '.join(READERS)}")
+    if options.split and name in WHOLE:
+        raise UserError(f"task {name} has no splits, --split is {options.split!r}; leave it out")
     module, function = READERS[name]
     read: Any = getattr(importlib.import_module(f"runtime.tasks.{module}"), function)
     try:

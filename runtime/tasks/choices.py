@@ -108,9 +108,10 @@ def mmbench(options: TaskOptions) -> Task:
     elif (found := find(root, *_mmbench_names(split))) is not None:
         source, rows = found, separated(found)
     else:
-        tables = parquet_files(root, f"**/{split or 'dev'}-*.parquet", "data/*.parquet", "*.parquet")
+        others = () if split else ("data/*.parquet", "*.parquet")
+        tables = parquet_files(root, f"**/{split or 'dev'}-*.parquet", *others)
         if not tables:
-            raise nothing_found("mmbench", root, "mmbench_dev_20230712.tsv", "data/dev-*.parquet")
+            raise nothing_found("mmbench", root, f"mmbench_{split or 'dev'}*.tsv", f"data/{split or 'dev'}-*.parquet")
         source, rows = tables[0], list(parquet_rows(tables))
     for number, row in enumerate(rows, 2):
         required(row, ("index", "question", "A"), source, number)
@@ -127,8 +128,9 @@ def mmbench(options: TaskOptions) -> Task:
 
 
 def _mmbench_names(split: str) -> tuple[str, ...]:
-    names = [f"mmbench_{split}*.tsv", f"MMBench_{split.upper()}*.tsv"] if split else []
-    return (*names, "mmbench_dev_20230712.tsv", "mmbench_dev*.tsv", "MMBench_DEV*.tsv", "*.tsv")
+    if split:
+        return f"mmbench_{split}*.tsv", f"MMBench_{split.upper()}*.tsv", f"*{split}*.tsv"
+    return "mmbench_dev_20230712.tsv", "mmbench_dev*.tsv", "MMBench_DEV*.tsv", "*.tsv"
 
 
 def _alone(rows: Sequence[Row]) -> bool:

@@ -56,7 +56,7 @@ def number(reply: str) -> Value | None:
     said = declared(reply)
     for part in (said, said.rsplit("=", 1)[-1]):
         try:
-            return evaluate(_unwrapped(part))
+            return evaluate(unwrapped(part))
         except ExpressionError:
             continue
     found = [match for match in _NUMBER.findall(said.rsplit("=", 1)[-1]) or _NUMBER.findall(said) if match.strip()]
@@ -66,7 +66,8 @@ def number(reply: str) -> Value | None:
         return None
 
 
-def _unwrapped(part: str) -> str:
+def unwrapped(part: str) -> str:
+    """Without stars, final stops and braces around the whole."""
     part = part.strip().strip("*").rstrip(".").strip()
     while len(part) > 1 and part[0] == "{" and part[-1] == "}":
         part = part[1:-1]
@@ -214,7 +215,7 @@ def _expression(reply: str, answer: Any, _: object) -> float:
     """The calculation before "=" has the answer's value, exactly."""
     try:
         want = evaluate(str(answer).split("=")[0])
-        said = evaluate(_unwrapped(declared(reply)).split("=")[0])
+        said = evaluate(unwrapped(declared(reply)).split("=")[0])
     except ExpressionError:
         return 0.0
     return float(said == want if isinstance(said, Fraction) and isinstance(want, Fraction) else same_number(said, want))

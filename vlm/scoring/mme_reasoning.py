@@ -122,7 +122,7 @@ def _formula(reply: str, cards: bool) -> str | None:
         if cards:
             plain = re.sub(r"\b[AJQK]\b", lambda match: CARDS[match[0]], plain)
         try:
-            tree = parse(answers._unwrapped(plain).split("=")[0])
+            tree = parse(answers.unwrapped(plain).split("=")[0])
         except ExpressionError:
             continue
         if tree.parts:

@@ -81,15 +81,17 @@ def _solves(sums: Sums, given: Mapping[str, Fraction]) -> bool:
 
 
 def _values(answer: Any, letters: str) -> dict[str, Fraction] | None:
+    """Letter -> number, if every letter has one."""
     if not isinstance(answer, Mapping):
         return None
     found = {str(key).strip().upper(): atom(one) for key, one in answer.items() if not isinstance(one, bool)}
-    values = {letter: found[letter] for letter in letters if isinstance(found.get(letter), Fraction)}
-    return (
-        {key: one for key, one in values.items() if isinstance(one, Fraction)}
-        if len(values) == len(set(letters))
-        else None
-    )
+    values: dict[str, Fraction] = {}
+    for letter in letters:
+        number = found.get(letter)
+        if not isinstance(number, Fraction):
+            return None
+        values[letter] = number
+    return values
 
 
 def _word(given: Mapping[str, Fraction], word: str) -> Fraction:
@@ -99,8 +101,8 @@ def _word(given: Mapping[str, Fraction], word: str) -> Fraction:
     return total
 
 
-def _plain(value_: Any) -> Atom | frozenset[Atom]:
-    return frozenset(atom(one) for one in value_) if isinstance(value_, list) else atom(value_)
+def _plain(given: Any) -> Atom | frozenset[Atom]:
+    return frozenset(atom(one) for one in given) if isinstance(given, list) else atom(given)
 
 
 def match_answer(answer: Any, want: Any) -> bool:

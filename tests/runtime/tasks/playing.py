@@ -9,7 +9,7 @@ from pathlib import Path
 from runtime.api import Message
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.engine import Engine
-from runtime.evaluate import _record
+from runtime.evaluate import record_of
 from runtime.evaluation import Identity, Run, answer_all, check_items
 from runtime.tasks import read_task
 from runtime.tasks.base import Task, TaskOptions
@@ -64,5 +64,5 @@ def play(
         answer_all(run, task, [engine], 4096)
         answers = dict(run.answers)
     benchmark = BENCHMARKS[name]
-    records = [_record(item, answers[item.id], mode or benchmark.mode, name) for item in task.items]
+    records = [record_of(item, answers[item.id], mode or benchmark.mode, name) for item in task.items]
     return Played(task, records, benchmark.summarise(records))

@@ -12,6 +12,7 @@ import pytest
 from runtime.spreadsheet import write_xlsx
 from runtime.tasks import read_task
 from runtime.tasks.base import LETTER, TaskOptions
+from vlm.errors import UserError
 
 from .playing import picture, play
 
@@ -169,6 +170,14 @@ def test_mmbench(tmp_path: Path, rotated: bool) -> None:
     assert played.part("category animal") == 2 / 5
     assert played.task.items[0].prompt == f"What is it 0?\nA. cat\nB. dog\nC. bird\nD. fish{LETTER}"
     assert {row["main"] for row in played.task.submission} == ({True} if rotated else {True, False})
+
+
+def test_another_split_is_not_taken_instead(tmp_path: Path) -> None:
+    _write_tsv(tmp_path / "mmbench_dev_20230712.tsv", _mmbench_rows())
+    with pytest.raises(UserError, match=r"looked for mmbench_test\*\.tsv"):
+        read_task("mmbench", TaskOptions(data=tmp_path, split="test"))
+    with pytest.raises(UserError, match="task mme has no splits, --split is 'dev'"):
+        read_task("mme", TaskOptions(data=tmp_path, split="dev"))
 
 
 def test_mmbench_parquet(tmp_path: Path) -> None:
