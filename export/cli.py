@@ -216,6 +216,8 @@ def _build(root: Path, options: Any = None) -> tuple[Path, bool]:
         raise UserError(str(error)) from None
     except build_engine.BuildError as error:
         raise GateFailed(str(error)) from error
+    except OSError as error:  # a full disk, a folder that cannot be written
+        raise UserError(f"{error.filename or root}: {error.strerror}; the same command goes on from there") from None
 
 
 def _quiet_libraries() -> None:

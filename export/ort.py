@@ -36,7 +36,7 @@ def session(path: Path, emulated: bool = False) -> Any:
             from export.emulate import as_float32, uses_bfloat16
 
             if uses_bfloat16(path):
-                with tempfile.TemporaryDirectory(prefix=".emulated-", dir=path.parent) as folder:
+                with tempfile.TemporaryDirectory(prefix="emulated-") as folder:
                     as_float32(path, Path(folder) / path.name)
                     return session(Path(folder) / path.name)
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -112,7 +112,12 @@ class OrtRunner:
 def tensorrt_options(root: Path, profiles: dict[str, Any]) -> dict[str, Any]:
     """Options of ONNX Runtime's TensorRT provider: engines and timings kept, one profile over all of the plan's."""
     folder = root / "engines" / "onnxruntime"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be made ({error.strerror}); engines are kept there, copy the artefact"
+        ) from None
     union: dict[str, list[list[int]]] = {}
     for shapes in profiles.values():
         for name, (low, best, high) in shapes.items():

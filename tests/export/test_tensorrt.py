@@ -308,6 +308,23 @@ def test_a_release_outside_the_plan_is_named(
     assert fake.calls == []
 
 
+def test_a_full_disk_is_one_line(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("10.3.0", monkeypatch)
+    real = build_engine.write
+
+    def full(path: Path, data: bytes) -> None:
+        if path.suffix == ".engine":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(build_engine, "write", full)
+    with pytest.raises(UserError, match=r"vision_encoder\.engine: No space left on device; the same command goes on"):
+        main(["build", str(plan)])
+    assert build_engine.main([str(plan)]) == 2
+    monkeypatch.setattr(build_engine, "write", real)
+    assert main(["build", str(plan)]) == 0
+
+
 def test_refusals_of_tensorrt_are_failed_gates(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = install("10.3.0", monkeypatch)
     fake.parses = False
