@@ -12,7 +12,7 @@ import pytest
 from vlm.scoring.expression import MAX_DEPTH, MAX_LENGTH, ExpressionError, evaluate, numbers, parse, same_form
 
 HOSTILE = [
-    "__import__('os').system('echo pwned > /tmp/x')",
+    "__import__('os').system('echo pwned')",
     "().__class__.__bases__[0].__subclasses__()",
     "open('/etc/passwd').read()",
     "exec('1')",
