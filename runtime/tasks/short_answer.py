@@ -20,9 +20,11 @@ from runtime.tasks.base import (
 )
 from runtime.tasks.tables import Row, json_lines, parquet_files, parquet_rows, read_json, required
 from vlm.errors import DataError
+from vlm.scoring.summary import MME_COGNITION, MME_PERCEPTION
 
 IMAGE_ENDINGS = (".jpg", ".png", ".jpeg", ".JPEG", ".JPG", ".webp")
 YES_NO = ("yes", "no")
+MME_CATEGORIES = (*MME_PERCEPTION, *MME_COGNITION)
 
 
 def gqa(options: TaskOptions) -> Task:
@@ -191,8 +193,10 @@ def _mme_parquet(tables: list[Path]) -> Iterator[Item]:
 
 
 def _mme_folders(root: Path) -> Iterator[Item]:
-    base = find(root, "MME_Benchmark_release_version", "MME_Benchmark") or root
-    texts = sorted(path for path in base.glob("*/**/*.txt") if path.parent.name != "eval_tool")
+    release = "MME_Benchmark_release_version"
+    base = find(root, f"{release}/MME_Benchmark", release, "MME_Benchmark") or root
+    # the release brings texts of its own, with results of models
+    texts = [path for name in sorted(MME_CATEGORIES) for path in sorted((base / name).glob("**/*.txt"))]
     if not texts:
         raise nothing_found("mme", root, "MME_Benchmark_release_version/CATEGORY/*.txt", "data/test-*.parquet")
     for text in texts:

@@ -269,8 +269,10 @@ def _check_mme(played: Played, order: list[int] | None = None) -> None:
 
 @pytest.mark.parametrize("folders", [True, False])
 def test_mme_official_files(tmp_path: Path, folders: bool) -> None:
-    """Both layouts of the release: images and texts in folders of their own, or side by side."""
-    base = tmp_path / "MME_Benchmark_release_version"
+    """Both layouts of the release: images and texts in folders of their own, or side by side; its tool beside them."""
+    base = tmp_path / "MME_Benchmark_release_version" / ("MME_Benchmark" if folders else "")
+    (base / "eval_tool/Your_Results").mkdir(parents=True)
+    (base / "eval_tool/Your_Results/count.txt").write_text("0.png\tIs it?\tYes\tYes\n")
     for n, (category, first, second) in enumerate(MME):
         picture(base / category / ("images" if folders else "") / f"{n:04d}.png", n)
         text = base / category / ("questions_answers_YN" if folders else "") / f"{n:04d}.txt"
