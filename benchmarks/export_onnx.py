@@ -40,8 +40,18 @@ class Run:
     peak: int
 
 
-def build_student(directory: Path, layers: int = 24, tower_layers: int = 12, vocabulary: int = 151936) -> int:
-    """Write the random student in bfloat16; returns its number of parameters."""
+def build_student(
+    directory: Path,
+    layers: int = 24,
+    tower_layers: int = 12,
+    vocabulary: int = 151936,
+    vision: dict[str, int] | None = None,
+) -> int:
+    """Write the random student in bfloat16; returns its number of parameters.
+
+    Args:
+        vision: other sizes of the tower.
+    """
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
@@ -64,23 +74,24 @@ def build_student(directory: Path, layers: int = 24, tower_layers: int = 12, voc
         eos_token_id=end,
         pad_token_id=pad,
     )
-    vision = SiglipVisionConfig(
-        hidden_size=768,
-        num_hidden_layers=tower_layers,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        image_size=224,
-        patch_size=16,
-        vision_use_head=False,
-    )
+    sizes = vision or {
+        "hidden_size": 768,
+        "num_hidden_layers": tower_layers,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "image_size": 224,
+        "patch_size": 16,
+    }
+    side, patch = sizes["image_size"], sizes["patch_size"]
+    tower = SiglipVisionConfig(vision_use_head=False, **sizes)
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=tower,
         text_config=text,
         image_token_id=image,
         projector_hidden_act="gelu_pytorch_tanh",
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        image_seq_length=196,
+        image_seq_length=(side // patch) ** 2,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
@@ -95,7 +106,7 @@ def build_student(directory: Path, layers: int = 24, tower_layers: int = 12, voc
                 parameter.mul_(2.0)
     model.generation_config.eos_token_id = [end, pad]
     model.generation_config.pad_token_id = pad
-    processor = build_processor(tokenizer, Shape(image_size=224, patch_size=16))
+    processor = build_processor(tokenizer, Shape(image_size=side, patch_size=patch))
     save_checkpoint(model, processor, directory, {"objective": "none", "licence": "Apache-2.0"})
     return sum(p.numel() for p in model.parameters())
 

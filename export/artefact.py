@@ -239,8 +239,8 @@ def build(
             student, root, storage or plan_storage(run), stages or Stages(None)
         )
     else:
-        files, io = _write_gguf(student, run, root, pair_id)
-        precision, weights = _gguf_weights(student, run, {role: path for path, role in files})
+        files, precision, weights = to_gguf.write_all(student, evidence, run, root, stages or Stages(None), pair_id)
+        io = {}
     files += _shared_files(student, root) + save_golden(evidence, root)
     spec = student.checkpoint.tokenizer.spec
     return Manifest(
@@ -259,44 +259,12 @@ def build(
     )
 
 
-def _write_gguf(student: Student, run: ExportOptions, root: Path, pair_id: str) -> tuple[Files, dict[str, Any]]:
-    from export.llama import quantise
-
-    text, mmproj = root / f"text-{run.precision}.gguf", root / "mmproj-f16.gguf"
-    plain = root / "text-f16.gguf"
-    to_gguf.write_text(student, plain, pair_id, str(student.checkpoint.provenance.get("licence") or ""))
-    if text != plain:
-        quantise(plain, text, run.precision)
-        plain.unlink()
-    to_gguf.write_mmproj(student, mmproj, pair_id)
-    return [(text, "text_gguf"), (mmproj, "mmproj")], {}
-
-
 def _shared_files(student: Student, root: Path) -> Files:
     """Tokenizer and template: every runtime tokenises with these, whatever the format also embeds."""
     tokenizer, template = root / "tokenizer.json", root / "chat_template.jinja"
     shutil.copyfile(student.checkpoint.directory / "tokenizer.json", tokenizer)
     template.write_text(student.checkpoint.tokenizer.spec.template)
     return [(tokenizer, "tokenizer"), (template, "chat_template")]
-
-
-def _gguf_weights(
-    student: Student, run: ExportOptions, paths: dict[str, Path]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Precision per component as measured on the files, and the byte counts a profiler needs."""
-    facts, precision = student.facts, {}
-    for component, role, declared in (("decoder", "text_gguf", run.precision), ("vision_encoder", "mmproj", "f16")):
-        bits, types = to_gguf.bits_per_weight(paths[role])
-        expected = {declared.upper(), "F32"}
-        fallbacks = {name: count for name, count in types.items() if name not in expected}
-        precision[component] = {"type": declared, "bits_per_weight": bits, "types": types, "fallbacks": fallbacks}
-    decoder_bytes, head_bytes = to_gguf.decoder_bytes(paths["text_gguf"], facts)
-    return precision, {
-        "decoder_weight_bytes": decoder_bytes,
-        "lm_head_bytes": head_bytes,
-        "kv_bytes_per_token": facts.kv_bytes_per_token(2),
-        "kv_type": "f16",
-    }
 
 
 def peak_rss_bytes() -> int:

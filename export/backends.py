@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from export.parity import GATES, Gate, mixed_gate, trt_gate
+from export.parity import COSINE, GATES, Gate, mixed_gate, trt_gate
 from export.replay import Backend
 from vlm.chat import ChatSpec, ChatTokenizer
 from vlm.errors import ArtifactError
@@ -43,6 +44,8 @@ def gate_of(manifest: Manifest) -> Gate:
         raise ArtifactError(
             f"no tolerance is known for {manifest.format} at {[*unknown, precision][0]!r}; export again"
         )
+    if manifest.format == "gguf":
+        return dataclasses.replace(gate, cosine=COSINE.get(kinds["vision_encoder"], gate.cosine))
     return gate
 
 
@@ -71,8 +74,8 @@ def open_backend(root: Path, manifest: Manifest, instead: Mapping[str, Path] | N
         names = ("vision_encoder", "embed_tokens", "decoder")
         vision, table, decoder = (manifest.path_of(root, role) for role in names)
         return DeltaBackend(vision, table, decoder, image, image_id, context)
+    from export.gguf_file import read_pair_id
     from export.llama import LlamaBackend
-    from export.to_gguf import read_pair_id
 
     text, mmproj = manifest.path_of(root, "text_gguf"), manifest.path_of(root, "mmproj")
     for path in (text, mmproj):

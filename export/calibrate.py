@@ -2,8 +2,8 @@
 
 `observe` runs the student in PyTorch on real prompts. `fold_scales` moves per-channel scales between a matrix and the
 norm or matrix before it, as AWQ does (Lin et al. 2023, arXiv:2306.00978, section 3.2): the network computes the same,
-and channels with large activations are rounded more finely. ONNX, GGUF and TensorRT writers all read weights through
-`Student.weight`, which applies the scales, so each of them rounds the folded weights.
+and channels with large activations are rounded more finely. The ONNX and TensorRT writers read weights through
+`Student.weight`, which applies the scales; llama.cpp gets `importance` instead.
 
 A prompt has many more image tokens than text tokens; both kinds count the same in every statistic.
 
@@ -52,7 +52,9 @@ class Seen:
         self.weight += float(weight_T.sum())
         self.magnitude_K = self.magnitude_K + weight_T @ x_TK.abs()
         self.power_K = self.power_K + weight_T @ x_TK.square()
-        stride = max(len(x_TK) // max(keep, 1), 1)
+        if not keep:
+            return
+        stride = max(len(x_TK) // keep, 1)
         # rows scaled by sqrt(weight): squared errors on them are then weighted like the sums
         self.tokens_TK.append((x_TK * weight_T.sqrt()[:, None])[::stride][:keep].clone())
 
@@ -86,8 +88,14 @@ class Calibration:
         return {"prompts": self.prompts, "sha256": self.sha256, "peaks": self.peaks}
 
 
-def observe(student: Student, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]) -> Calibration:
-    """Run each prompt with its continuation and record the input of every matrix."""
+def observe(
+    student: Student, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]], keep: int = TOKENS_KEPT
+) -> Calibration:
+    """Run each prompt with its continuation and record the input of every matrix.
+
+    Args:
+        keep: tokens whose inputs are kept as they are, per matrix; 0 keeps sums only.
+    """
     import torch
     from torch import nn
 
@@ -95,7 +103,7 @@ def observe(student: Student, prompts: Sequence[Prompt], continuations: Sequence
     peaks = {"vision": 0.0, "decoder": 0.0}
     digest = hashlib.sha256()
     weights: dict[str, Any] = {}
-    keep = max(TOKENS_KEPT // max(len(prompts), 1), 4)
+    keep = max(keep // max(len(prompts), 1), 4) if keep else 0
 
     def part(path: str) -> str:
         return "vision" if "vision_tower" in path or "projector" in path else "decoder"

@@ -41,6 +41,7 @@ def card(name: str, manifest: Manifest) -> str:
         ("created", manifest.created),
         ("tools", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
         *_cost(parity),
+        *_importance(manifest.precision),
     ]
     weights = [
         (part, str(v["type"]), f"{v['bits_per_weight']:.2f}", str(v.get("bytes", "-")), _text(v["fallbacks"] or None))
@@ -92,6 +93,11 @@ def _cost(parity: dict[str, Any]) -> list[tuple[str, str]]:
     if steps := parity.get("auto_precision"):
         rows.append(("raised until the gates held", " -> ".join(steps)))
     return rows
+
+
+def _importance(precision: dict[str, Any]) -> list[tuple[str, str]]:
+    seen = precision.get("decoder", {}).get("imatrix")
+    return [] if seen is None else [("importance matrix", f"{seen['tokens']} tokens: {seen['data']}")]
 
 
 def _ablation(rows: list[dict[str, Any]] | None) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from export import gguf_precision
 from export.options import PRECISIONS, TARGETS, ExportOptions, Target, plan_runs
 from export.precision import ALGORITHMS, FLAVOURS, PARTS
 from export.trt_precision import TRT_PARTS
@@ -21,7 +22,7 @@ EXAMPLE = """\
 examples:
   python -m export --target onnx                     the newest student under runs/
   python -m export --target onnx --precision int4,vision=fp16 --auto-precision
-  python -m export --target gguf --student runs/digits/student --out artifacts/board
+  python -m export --target gguf --precision q4_k_m --student runs/digits/student --out artifacts/board
   python -m export verify artifacts/board            replay the golden sample on this machine
   python -m export build artifacts/digits-tensorrt   TensorRT engines, on the device
 """
@@ -40,15 +41,15 @@ def export_parser() -> argparse.ArgumentParser:
     offered = "; ".join(f"{target}: {', '.join(names)}" for target, names in PRECISIONS.items())
     parser.add_argument(
         "--precision",
-        help=f"{offered} (default: the first; gguf writes both); onnx also per part: int4,PART=KIND with {', '.join(PARTS)}; "
-        f"tensorrt with {', '.join(TRT_PARTS)}",
+        help=f"{offered} (default: the first; gguf the first two); onnx also per part: int4,PART=KIND with {', '.join(PARTS)}; "
+        f"tensorrt with {', '.join(TRT_PARTS)}; gguf with {', '.join(gguf_precision.PARTS)}",
     )
     parser.add_argument("--samples", type=int, default=200, help="unseen samples for the accuracy gate (default 200)")
     parser.add_argument("--seed", type=natural, default=0, help="of the samples drawn (default 0)")
+    parser.add_argument("--calibration", type=Path, help="folder of images (default: training images of the task)")
     both = parser.add_argument_group("for --target onnx and tensorrt")
     both.add_argument("--algorithm", choices=ALGORITHMS, default="default", help="how 4-bit scales are chosen")
     both.add_argument("--awq", action="store_true", help="fold activation-aware scales into weights before rounding")
-    both.add_argument("--calibration", type=Path, help="folder of images (default: training images of the task)")
     onnx = parser.add_argument_group("only for --target onnx")
     onnx.add_argument("--flavour", choices=FLAVOURS, help="operators (default: ort for quantised decoders)")
     onnx.add_argument("--auto-precision", action="store_true", help="raise the worst part until the gates hold")
@@ -56,6 +57,12 @@ def export_parser() -> argparse.ArgumentParser:
         "--ablation",
         action=argparse.BooleanOptionalAction,
         help="measure what each part's precision costs (default: for small students)",
+    )
+    gguf = parser.add_argument_group("only for --target gguf")
+    gguf.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix (default: gathered below 8 bits)")
+    gguf.add_argument("--no-imatrix", action="store_true", help="quantise without an importance matrix")
+    gguf.add_argument(
+        "--llama-cpp", type=Path, metavar="DIR", help="llama.cpp checkout whose converter writes the files"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check the student, print files and sizes, write nothing"
@@ -111,6 +118,9 @@ def run_export(arguments: argparse.Namespace) -> int:
         calibration=arguments.calibration,
         auto_precision=arguments.auto_precision,
         ablation=arguments.ablation,
+        imatrix=arguments.imatrix,
+        no_imatrix=arguments.no_imatrix,
+        llama_cpp=arguments.llama_cpp,
     )
     runs = plan_runs(asked, arguments.out, arguments.precision)
     _quiet_libraries()
@@ -153,6 +163,10 @@ def _dry_run(runs: list[ExportOptions], as_json: bool) -> int:
         for one in found:
             for entry in one.get("files", ()):
                 print(f"  {entry['bytes']:>14}  {entry['path']}")
+            if "bits_per_weight" in one:
+                print(f"  {one['bits_per_weight']:.2f} bits per weight")
+            for line, count in one.get("fallbacks", {}).items():
+                print(f"  {count} matrices {line}")
     return 0
 
 

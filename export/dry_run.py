@@ -1,4 +1,4 @@
-"""Exact names and sizes of an ONNX artefact's graphs without reading a weight: trace hollow modules, count bytes.
+"""Exact names and sizes of an artefact's files without reading a weight: trace hollow modules, count bytes.
 
 The layers of a deep model are alike, so two shallow copies are traced and the rest follows: bytes grow linearly.
 """
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from export import to_onnx
+from export import to_gguf, to_onnx
 from export.artefact import plan_storage
 from export.evidence import Evidence, golden_prompts, save_golden
 from export.options import ExportOptions
 from export.parity import STEPS, Case, expect
 from export.precision import KINDS
 from export.preflight import check_disk, preflight
-from export.student import Student, blocks_used, outline
+from export.student import Student, blocks_used, outline, read_facts
 from vlm.load import Checkpoint, open_checkpoint
 from vlm.manifest import Golden
 
@@ -35,9 +35,11 @@ def estimate(run: ExportOptions) -> dict[str, Any]:
         CheckpointError: the student cannot be exported. UserError: it does not fit on the disk.
     """
     found = preflight(run)
+    checkpoint = open_checkpoint(run.student)
+    if run.target == "gguf":
+        return _gguf(checkpoint, run, found)
     if run.target != "onnx":
         return found
-    checkpoint = open_checkpoint(run.student)
     storage = plan_storage(run)
     sizes: dict[str, int] = {}
     for index in range(3):
@@ -45,7 +47,15 @@ def estimate(run: ExportOptions) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         made = to_onnx.write_configs(outline(checkpoint), root, [], storage.precision)
-        made += save_golden(_hollow_evidence(checkpoint), root)
+        sizes |= {path.relative_to(root).as_posix(): path.stat().st_size for path, _ in made}
+    return _summed(checkpoint, run, found, sizes)
+
+
+def _summed(checkpoint: Checkpoint, run: ExportOptions, found: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """With the files every artefact has."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        made = save_golden(_hollow_evidence(checkpoint), root)
         sizes |= {path.relative_to(root).as_posix(): path.stat().st_size for path, _ in made}
     sizes["tokenizer.json"] = (checkpoint.directory / "tokenizer.json").stat().st_size
     sizes["chat_template.jinja"] = len(checkpoint.tokenizer.spec.template.encode())
@@ -53,6 +63,15 @@ def estimate(run: ExportOptions) -> dict[str, Any]:
     total = sum(sizes.values())
     check_disk(run.out, total, shutil.disk_usage(Path(found["artefact"]).resolve().anchor).free)
     return {**found, "bytes": total, "files": [{"path": path, "bytes": size} for path, size in sizes.items()]}
+
+
+def _gguf(checkpoint: Checkpoint, run: ExportOptions, found: dict[str, Any]) -> dict[str, Any]:
+    planned = to_gguf.estimate(checkpoint, read_facts(checkpoint), run)
+    if not planned:
+        return found
+    sizes = {entry["path"]: entry["bytes"] for entry in planned["files"]}
+    result = _summed(checkpoint, run, found, sizes)
+    return {**result, "fallbacks": planned["fallbacks"], "bits_per_weight": planned["bits_per_weight"]}
 
 
 def _hollow_evidence(checkpoint: Checkpoint) -> Evidence:

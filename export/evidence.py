@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from export.corpus import corpus
 from export.parity import STEPS, Case, Expected, Gate, compare_features, expect, is_tie
 from export.reference import TorchBackend, greedy_batch
 from export.replay import F32, Backend, Prompt, greedy, make_prompt
@@ -33,14 +34,6 @@ TABLE_ROWS = 4096
 CALIBRATION_SEED = 11
 CALIBRATION_TOKENS = 4096
 DESCRIBE = "Describe the image."
-TOKEN_TEXTS = (
-    "12 + 5 = 17",
-    "naïve café, Ünïcödé, 数字 и цифры",
-    "  two  spaces\tand a tab\n\nand lines ",
-    "emoji 🙂👍🏽 and 1234567890",
-    "it's we'll I'd 'S 'LL",
-    "<|im_start|>user\nhello<|im_end|>\n",
-)
 
 
 @dataclass(frozen=True)
@@ -174,9 +167,11 @@ def pixel_parity(checkpoint: Checkpoint, evidence: Evidence, spec: ImageSpec) ->
     return {"images": len(images), "max": worst}
 
 
-def token_corpus(evidence: Evidence) -> list[str]:
-    """Texts on which a foreign tokenizer must give the same ids."""
-    return sorted({p.text for p in evidence.prompts} | {*evidence.truths, *digits.texts()[:200], *TOKEN_TEXTS})
+def token_corpus(evidence: Evidence, tokenizer: ChatTokenizer) -> list[str]:
+    """Texts on which a foreign tokenizer must give the same ids: 1,000 of every kind, and those of the task."""
+    specials = sorted(str(tokenizer.tokenizer.id_to_token(i)) for i in tokenizer.special_ids)
+    asked = {p.text for p in evidence.prompts} | {*evidence.truths, *digits.texts()[:200]}
+    return [*corpus(specials), *sorted(asked)]
 
 
 def embedding_parity(evidence: Evidence, lookup: Callable[[npt.NDArray[np.int64]], F32]) -> dict[str, float]:

@@ -1,8 +1,10 @@
-"""llama.cpp through its C interface: run an artefact's GGUF files for checking, and quantise. No torch."""
+"""llama.cpp through its C interface: run an artefact's GGUF files for checking. No torch."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from export.replay import F32, Prompt
 from vlm.errors import ArtifactError, MissingPiece
 from vlm.preprocess import ImageSpec, resize
 
-FILE_TYPES = {"f16": 1, "q8_0": 7}
 # llama.cpp keeps the raw pointer: a collected callback would leave it dangling
 _keep_alive: list[Any] = []
+_listeners: list[Callable[[str], object]] = []
 
 
 def library() -> tuple[Any, Any]:
@@ -32,8 +34,9 @@ def library() -> tuple[Any, Any]:
     if not _keep_alive:
 
         @llama_cpp.llama_log_callback
-        def quiet(_level: int, _text: bytes, _data: Any) -> None:
-            return None
+        def quiet(_level: int, text: bytes, _data: Any) -> None:
+            for listener in _listeners:
+                listener(text.decode(errors="replace"))
 
         _keep_alive.append(quiet)
         llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
@@ -43,18 +46,14 @@ def library() -> tuple[Any, Any]:
     return llama_cpp, mtmd_cpp
 
 
-def quantise(source: Path, target: Path, precision: str) -> None:
-    """Write `source` (f16) with its matrices in another type.
-
-    Raises:
-        ArtifactError: llama.cpp refused.
-    """
-    lib, _ = library()
-    params = lib.llama_model_quantize_default_params()
-    params.ftype, params.nthread = FILE_TYPES[precision], 1
-    if lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
-        target.unlink(missing_ok=True)  # llama.cpp leaves a broken file behind
-        raise ArtifactError(f"llama.cpp could not quantise {source} to {precision}")
+@contextlib.contextmanager
+def listen(listener: Callable[[str], object]) -> Iterator[None]:
+    """Hand over what llama.cpp writes to its log during the block, in pieces; at other times it is dropped."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 class LlamaBackend:
@@ -102,6 +101,22 @@ class LlamaBackend:
         buffer = (ctypes.c_int32 * room)()
         count = self.lib.llama_tokenize(vocab, data, len(data), buffer, room, False, True)
         return list(buffer[:count])
+
+    def stops_at(self, token: int) -> bool:
+        """Whether llama.cpp's own programs end an answer at this token."""
+        return bool(self.lib.llama_vocab_is_eog(self.lib.llama_model_get_vocab(self.model), token))
+
+    def declared(self) -> dict[str, Any]:
+        """What the text file tells other programs about prompts: token ids, whether one is added, the template."""
+        lib, vocab = self.lib, self.lib.llama_model_get_vocab(self.model)
+        template = lib.llama_model_chat_template(self.model, None)
+        return {
+            "bos_token_id": int(lib.llama_vocab_bos(vocab)),
+            "eos_token_id": int(lib.llama_vocab_eos(vocab)),
+            "pad_token_id": int(lib.llama_vocab_pad(vocab)),
+            "adds_a_token": bool(lib.llama_vocab_get_add_bos(vocab) or lib.llama_vocab_get_add_eos(vocab)),
+            "chat_template": "" if template is None else template.decode(),
+        }
 
     def _chunks(self, text: str, image: Image.Image) -> Any:
         rgb = np.ascontiguousarray(np.asarray(resize(image, self.image)), np.uint8)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from export import parity, to_onnx
 from export.backends import gate_of, image_spec, open_backend
 from export.evidence import Evidence, accuracy, embedding_parity, pixel_parity, token_corpus
+from export.gguf_tokens import declared
 from export.ort import OnnxBackend
 from export.parity import Gate
 from export.precision import PARTS
@@ -21,6 +22,9 @@ from export.student import Student, open_student
 from vlm.console import note
 from vlm.load import Checkpoint
 from vlm.manifest import Manifest
+
+if TYPE_CHECKING:
+    from export.llama import LlamaBackend
 
 PIXEL_LIMIT = 1e-5
 STEM_OF = {"vision": "vision_encoder", "embed": "embed_tokens", "decoder": "decoder_model_merged"}
@@ -80,14 +84,29 @@ def _extra_checks(
         found = [f"embeddings: max {embeddings['max']:.3g} is above {gate.embedding:.3g}"] if far else []
         return {"embeddings": embeddings}, found
     if isinstance(backend, LlamaBackend):
-        corpus = token_corpus(evidence)
-        own = [list(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids) for text in corpus]
-        wrong = [text for text, ids in zip(corpus, own, strict=True) if backend.tokenise(text) != ids]
-        image_id = tokenizer.spec.image_token_id
-        wrong += [c.prompt.text for c in evidence.cases if backend.ids_of(c.prompt, image_id) != c.prompt.ids]
-        found = [f"llama.cpp tokenises {len(wrong)} texts differently, first {wrong[0]!r}"] if wrong else []
-        return {"tokenisation": {"texts": len(corpus) + len(evidence.cases), "different": len(wrong)}}, found
+        return token_parity(checkpoint, evidence, backend)
     return {}, []
+
+
+def token_parity(checkpoint: Checkpoint, evidence: Evidence, backend: LlamaBackend) -> tuple[dict[str, Any], list[str]]:
+    """Text to ids and where generation stops, in llama.cpp and in the student's tokenizer.
+
+    llama.cpp normalises nothing, so a text is compared in the form the student's tokenizer brings it into.
+    """
+    tokenizer = checkpoint.tokenizer
+    own, normaliser = tokenizer.tokenizer, tokenizer.tokenizer.normalizer
+    texts = token_corpus(evidence, tokenizer)
+    texts = list(dict.fromkeys(texts if normaliser is None else map(normaliser.normalize_str, texts)))
+    wrong = [t for t in texts if backend.tokenise(t) != list(own.encode(t, add_special_tokens=False).ids)]
+    image_id = tokenizer.spec.image_token_id
+    wrong += [c.prompt.text for c in evidence.cases if backend.ids_of(c.prompt, image_id) != c.prompt.ids]
+    found = [f"llama.cpp tokenises {len(wrong)} texts differently, first {wrong[0]!r}"] if wrong else []
+    deaf = [own.id_to_token(i) for i in tokenizer.spec.eos_token_ids if not backend.stops_at(i)]
+    found += [f"llama.cpp does not stop at {token!r}" for token in deaf[:1]]
+    told, wanted = backend.declared(), declared(tokenizer)
+    found += [f"the text file says {k} {told[k]!r}, the student {wanted[k]!r}" for k in wanted if told[k] != wanted[k]]
+    count = {"texts": len(texts) + len(evidence.cases), "different": len(wrong), "stop_words_missed": len(deaf)}
+    return {"tokenisation": {**count, "normalised": normaliser is not None}}, found
 
 
 def every_position(evidence: Evidence, backend: OnnxBackend) -> dict[str, float]:

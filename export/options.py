@@ -7,17 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from export import gguf_precision
 from export.precision import ALGORITHMS, FLAVOURS, KINDS, Algorithm, Flavour, parse_precision
 from export.trt_precision import PRESETS, parse_trt_precision
 from vlm.errors import UserError
 
 Target = Literal["onnx", "gguf", "tensorrt"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-# the first one is what a bare --target writes; gguf without --precision writes all of its list
+# the first one is what a bare --target writes; gguf without --precision writes its first two
 PRECISIONS: dict[Target, tuple[str, ...]] = {
     "onnx": tuple(KINDS),
-    "gguf": ("f16", "q8_0"),
+    "gguf": gguf_precision.KINDS,
     "tensorrt": tuple(PRESETS),
+}
+PAIR = 2
+ONLY_FOR: dict[str, tuple[Target, ...]] = {
+    "flavour": ("onnx",),
+    "awq": ("onnx", "tensorrt"),
+    "calibration": ("onnx", "tensorrt", "gguf"),
+    "auto_precision": ("onnx",),
+    "ablation": ("onnx",),
+    "imatrix": ("gguf",),
+    "no_imatrix": ("gguf",),
+    "llama_cpp": ("gguf",),
 }
 
 
@@ -29,7 +41,7 @@ class ExportOptions:
         target: file format family.
         student: Hugging Face LLaVA directory.
         out: artefact directory; replaced as a whole when the export succeeds.
-        precision: one of PRECISIONS[target]; for onnx and tensorrt also with overrides per part, `int4,vision=fp16`.
+        precision: one of PRECISIONS[target]; also with overrides per part, `int4,vision=fp16`.
         samples: unseen question-image pairs on which greedy tokens are compared with PyTorch.
         dry_run: check the student and print files and sizes, write nothing.
         seed: of the images and random continuations used for parity.
@@ -39,6 +51,9 @@ class ExportOptions:
         calibration: folder of images; None takes the training images of the student's own task.
         auto_precision: raise the worst part until the gates hold.
         ablation: measure what each part's precision costs; None does so for students below ABLATION_PARAMETERS.
+        imatrix: importance matrix for gguf; None gathers one where it helps.
+        no_imatrix: quantise without one.
+        llama_cpp: checkout whose own converter writes the files.
     """
 
     target: Target
@@ -54,12 +69,19 @@ class ExportOptions:
     calibration: Path | None = None
     auto_precision: bool = False
     ablation: bool | None = None
+    imatrix: Path | None = None
+    no_imatrix: bool = False
+    llama_cpp: Path | None = None
 
     def __post_init__(self) -> None:
         if self.target == "onnx":
             parse_precision(self.precision)
         elif self.target == "tensorrt":
             parse_trt_precision(self.precision)
+        elif self.target == "gguf":
+            chosen = gguf_precision.parse_gguf(self.precision)
+            if chosen.needs_importance and self.no_imatrix:
+                raise UserError(f"{chosen.decoder} needs an importance matrix; leave out --no-imatrix")
         elif self.precision not in PRECISIONS[self.target]:
             raise UserError(
                 f"precision {self.precision!r} is not available for {self.target}; "
@@ -69,10 +91,13 @@ class ExportOptions:
             raise UserError(f"--samples {self.samples} is negative; give 0 or more")
         if self.flavour not in (None, *FLAVOURS) or self.algorithm not in ALGORITHMS:
             raise UserError(f"flavour {self.flavour!r} or algorithm {self.algorithm!r} is unknown; see --help")
-        for name in ("flavour", "awq", "calibration", "auto_precision", "ablation"):
-            shared = self.target == "tensorrt" and name in ("awq", "calibration")
-            if self.target != "onnx" and not shared and getattr(self, name):
-                raise UserError(f"--{name.replace('_', '-')} is for --target onnx, not {self.target}; leave it out")
+        for name, targets in ONLY_FOR.items():
+            if self.target not in targets and getattr(self, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for --target {' or '.join(targets)}, not {self.target}; leave it out"
+                )
+        if self.imatrix is not None and (self.no_imatrix or self.calibration is not None):
+            raise UserError("--imatrix names a finished importance matrix; leave out --no-imatrix and --calibration")
         if self.calibration is not None and not self.calibration.is_dir():
             raise UserError(f"--calibration {self.calibration} is not a folder; name a folder of images")
 
@@ -97,7 +122,7 @@ def plan_runs(asked: ExportOptions, out: Path | None, precision: str | None) -> 
     if precision is None and asked.target == "gguf":
         return [
             dataclasses.replace(asked, out=_suffixed(base, f"-{p}" if i else ""), precision=p)
-            for i, p in enumerate(offered)
+            for i, p in enumerate(offered[:PAIR])
         ]
     chosen = precision or offered[0]
     # a named precision gets its own default folder, so that it never replaces the plain export

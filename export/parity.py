@@ -66,9 +66,23 @@ GATES: dict[tuple[str, str], Gate] = {
     ("tensorrt", "bf16"): Gate(0.25, 0.4, 0.95, 2e-3, 0.999, 0.9, pooled=True, correlation=0.999),
     ("tensorrt", "int8"): Gate(1.0, 2.0, 0.95, 0.02, 0.98, 0.85, 0.02, pooled=True, correlation=0.97),
     ("tensorrt", "int4"): Gate(4.0, 4.0, 0.93, 0.05, 0.95, 0.0, 0.02, pooled=True, correlation=0.75),
-    ("gguf", "f16"): Gate(0.03, 0.05, 0.94, 1e-4, 0.9999, 0.99),
-    ("gguf", "q8_0"): Gate(0.3, 0.6, 0.88, 1e-3, 0.9999, 0.9),
+    ("gguf", "f32"): Gate(0.02, 0.03, 0.94, 1e-5, 0.9999, 0.99),
+    ("gguf", "f16"): Gate(0.03, 0.05, 0.94, 1e-4, 0.999, 0.99),
+    ("gguf", "bf16"): Gate(0.2, 0.4, 0.97, 1e-3, 0.999, 0.9, pooled=True, correlation=0.999),
+    ("gguf", "q8_0"): Gate(0.3, 0.6, 0.97, 5e-3, 0.999, 0.9, pooled=True, correlation=0.99),
+    ("gguf", "q6_k"): Gate(1.0, 1.5, 0.95, 0.01, 0.999, 0.0, pooled=True, correlation=0.95),
+    ("gguf", "q5_k_m"): Gate(2.0, 2.0, 0.93, 0.02, 0.999, 0.0, 0.02, pooled=True, correlation=0.9),
 }
+GATES |= {
+    ("gguf", kind): Gate(4.0, 4.0, 0.93, 0.05, 0.999, 0.0, 0.02, pooled=True, correlation=0.75)
+    for kind in ("q4_k_m", "q4_0", "iq4_xs", "iq4_nl")
+}
+GATES |= {
+    ("gguf", kind): Gate(6.0, 6.0, 0.8, 0.5, 0.999, 0.0, 0.05, pooled=True, correlation=0.5)
+    for kind in ("iq3_m", "iq3_s", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs")
+}
+# of visual tokens, by the type of an mmproj: QuickGELU in place of GELU gives 0.99993, right files 0.999999
+COSINE = {"f32": 0.99995, "f16": 0.99995, "q8_0": 0.99}
 
 
 def mixed_gate(vision: str, embed: str, decoder: str, head: str) -> Gate:

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from export import to_gguf
+from export.gguf_precision import parse_gguf
 from export.options import ExportOptions
 from export.precision import BLOCK, KINDS, PARTS, parse_precision
-from export.student import Facts, read_facts
+from export.student import Facts, check_decoder, read_facts
 from export.trt_precision import BLOCKS, TRT_KINDS, TRT_PARTS, parse_trt_precision
 from vlm.console import note
 from vlm.errors import CheckpointError, UserError
 from vlm.load import Checkpoint, open_checkpoint
 from vlm.manifest import NAME as MANIFEST
 
-BITS = {"f16": 16.0, "q8_0": 8.5}
 # fitted on 2 cores to students of 1 to 581 million parameters; good to a factor of two
 SECONDS, SECONDS_PER_LAYER, SECONDS_PER_GB = 15.0, 1.2, 12.0
 LIBRARIES_BYTES = 800_000_000
@@ -47,13 +47,17 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
     check_target(run.out)
     checkpoint = open_checkpoint(run.student)
     facts = read_facts(checkpoint)
+    if run.llama_cpp is None:
+        check_decoder(checkpoint, facts)
     if run.target == "gguf":
-        to_gguf.check(checkpoint, facts)
+        to_gguf.check(checkpoint, facts, run)
     shapes = tensor_shapes(checkpoint)
     needed = _bytes(run, facts, shapes)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     largest = max(int(np.prod(shape)) for shape in shapes.values())
     stored = sum(path.stat().st_size for path in checkpoint.weights)
+    if run.target == "gguf" and parse_gguf(run.precision).quantised:
+        needed += stored  # the float file that quantisation starts from
     existing = next(p for p in run.out.resolve().parents if p.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise UserError(f"cannot write to {existing}; choose another folder with --out")
@@ -111,7 +115,8 @@ def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def _bytes(run: ExportOptions, facts: Facts, shapes: dict[str, tuple[int, ...]]) -> int:
     table = facts.vocab_size * facts.hidden
     if run.target == "gguf":
-        return int(sum(int(np.prod(shape)) for shape in shapes.values()) * BITS[run.precision] / 8)
+        width = {"f32": 32, "f16": 16, "bf16": 16}.get(parse_gguf(run.precision).decoder, 9)
+        return int(sum(int(np.prod(shape)) for shape in shapes.values()) * width / 8)
     if run.target == "tensorrt":
         trt = parse_trt_precision(run.precision)
         bits_of = {part: _trt_bits(getattr(trt, part)) for part in TRT_PARTS}

@@ -171,18 +171,30 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     return facts
 
 
-def _check(checkpoint: Checkpoint, config: Any, facts: Facts) -> None:
-    where = f"{checkpoint.directory}/config.json"
+def check_decoder(checkpoint: Checkpoint, facts: Facts) -> None:
+    """Needs no weights.
+
+    Raises:
+        CheckpointError: a decoder this project has no graphs and names for.
+    """
+    text, where = read_config(checkpoint).text_config, f"{checkpoint.directory}/config.json"
     if facts.decoder not in DECODERS:
-        raise CheckpointError(f"{where}: decoder {facts.decoder!r} cannot be exported; known: {', '.join(DECODERS)}")
-    if facts.tower not in TOWERS.values():
-        raise CheckpointError(f"{where}: tower {facts.tower!r} cannot be exported; known: siglip, clip")
-    rope = (config.text_config.rope_parameters or {}).get("rope_type", "default")
+        raise CheckpointError(
+            f"{where}: decoder {facts.decoder!r} cannot be exported; known: {', '.join(DECODERS)} "
+            "(others: --target gguf --llama-cpp DIR)"
+        )
+    rope = (text.rope_parameters or {}).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise CheckpointError(f"{where}: rope_type {rope!r} cannot be exported; known: {', '.join(ROPE_TYPES)}")
-    kinds = set(getattr(config.text_config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise CheckpointError(f"{where}: layer types {sorted(kinds)} cannot be exported; only full attention")
+
+
+def _check(checkpoint: Checkpoint, config: Any, facts: Facts) -> None:
+    where = f"{checkpoint.directory}/config.json"
+    if facts.tower not in TOWERS.values():
+        raise CheckpointError(f"{where}: tower {facts.tower!r} cannot be exported; known: siglip, clip")
     depth = config.vision_config.num_hidden_layers
     for layer in facts.feature_layers:
         if layer == 0 or not -depth <= layer <= depth:

@@ -1,309 +1,287 @@
-"""Write a student as llama.cpp reads it: one text GGUF and one mmproj (`clip`, projector `mlp`)."""
+"""A student as llama.cpp reads it: one text GGUF and one mmproj, from the checkpoint's files straight to disk."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from export.student import Facts, Student, blocks_used, read_config
+from export import gguf_foreign, gguf_mmproj, gguf_text, imatrix
+from export.gguf_file import read_tensors, stored_bytes, write
+from export.gguf_precision import GgufPrecision, fell_back, parse_gguf
+from export.gguf_quantise import check_tables, plan, quantise
+from export.gguf_source import Weights
+from export.gguf_text import Origin
+from export.gguf_tokens import check_tokenizer
+from export.imatrix import Importance
+from export.options import ExportOptions
+from export.stages import Stages
+from export.student import Facts, read_config
+from vlm.console import note
 from vlm.errors import CheckpointError
+from vlm.files import sha256_file
 from vlm.load import Checkpoint
 
-PAIR_KEY = "align_edge.pair_id"
-TEXT_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-VISION_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_out",
-    "layer_norm1": "ln1",
-    "layer_norm2": "ln2",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
-# stopping words llama.cpp recognises by name, whatever the end-of-sequence id says
-ALWAYS_STOP = ("<|im_end|>", "<|endoftext|>", "<eos>", "</s>", "<PAD>", "[PAD]", "<|eot_id|>", "<EOT>", "<|end|>")
+if TYPE_CHECKING:
+    from export.evidence import Evidence
+    from export.student import Student
+
+CLIP_COSINE = 0.99
+CLIP_BUG = "ggml-org/llama.cpp#25814"
+Files = list[tuple[Path, str]]
 
 
-def check(checkpoint: Checkpoint, facts: Facts) -> None:
-    """Needs no weights: refuse what the installed llama.cpp computes wrongly or crashes on.
+def check(checkpoint: Checkpoint, facts: Facts, run: ExportOptions) -> None:
+    """Needs headers only: refuse what llama.cpp computes wrongly or crashes on.
 
     Raises:
         CheckpointError: one line naming the setting and the way out.
     """
-    config, where = read_config(checkpoint), checkpoint.directory
-    vision, text = config.vision_config, config.text_config
-    for broken, message in (
-        (facts.tower == "clip", "llama.cpp computes CLIP towers wrongly (CLS token placed last); use --target onnx"),
-        (len(facts.feature_layers) != 1, "several vision_feature_layer values have no GGUF form; use --target onnx"),
-        (facts.select != "full", "vision_feature_select_strategy 'default' drops a patch of a SigLIP tower"),
-        (vision.hidden_act not in ("gelu_pytorch_tanh", "gelu"), f"vision activation {vision.hidden_act!r}"),
-        (config.projector_hidden_act not in ("gelu_pytorch_tanh", "gelu"), "the projector activation is not GELU"),
-        (not config.multimodal_projector_bias, "a projector without bias is untested in llama.cpp; use --target onnx"),
-        (text.hidden_act != "silu", f"decoder activation {text.hidden_act!r}"),
-        (
-            text.rope_parameters.get("rope_type", "default") != "default",
-            f"rope_type {text.rope_parameters.get('rope_type')!r} is not written to GGUF yet",
-        ),
-        (
-            facts.decoder in ("qwen2", "llama") and facts.head_dim * facts.heads != facts.hidden,
-            f"{facts.decoder} with heads x head_dim != hidden does not load; use a qwen3 decoder",
-        ),
-        (facts.head_dim % 2 == 1, f"head_dim {facts.head_dim} is odd"),
-        (facts.decoder == "llama" and getattr(text, "mlp_bias", False), "mlp_bias has no GGUF name"),
-    ):
+    config, where, foreign = read_config(checkpoint), checkpoint.directory, run.llama_cpp is not None
+    if run.llama_cpp is not None:
+        gguf_foreign.check_checkout(run.llama_cpp)
+    if facts.tower == "clip":
+        note(
+            f"llama.cpp has computed CLIP towers wrongly so far ({CLIP_BUG}); the export measures the installed one first"
+        )
+    text = () if foreign else gguf_text.check_text(config, facts)
+    for broken, message in (*text, *gguf_mmproj.check_vision(config, facts)):
         if broken:
             raise CheckpointError(f"{where} cannot become GGUF: {message}")
-    _check_tokenizer(checkpoint, facts)
+    check_tokenizer(checkpoint, facts, foreign)
+    check_tables(parse_gguf(run.precision), facts.hidden, facts.tied)
 
 
-def _check_tokenizer(checkpoint: Checkpoint, facts: Facts) -> None:
-    spec, tokenizer, where = checkpoint.tokenizer.spec, checkpoint.tokenizer.tokenizer, checkpoint.directory
-    for name in ALWAYS_STOP:
-        token = tokenizer.token_to_id(name)
-        if token is not None and token not in spec.eos_token_ids:
-            raise CheckpointError(
-                f"{where} cannot become GGUF: llama.cpp always stops at {name!r}, but eos_token_id lacks {token}; "
-                "add it to generation_config.json"
-            )
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= facts.vocab_size:
-        raise CheckpointError(
-            f"{where}: token {highest} has no embedding row (vocabulary {facts.vocab_size}); train again"
-        )
-    model = json.loads((where / "tokenizer.json").read_text())
-    if model["model"]["type"] != "BPE" or model.get("normalizer"):
-        raise CheckpointError(
-            f"{where} cannot become GGUF: only byte-level BPE tokenizers without a normalizer are read identically"
-        )
-    pre_tokenizer_name(model)
+def origin_of(checkpoint: Checkpoint, facts: Facts, weights: Weights, pair_id: str, sha256: str) -> Origin:
+    return Origin(checkpoint, read_config(checkpoint), facts, pair_id, sha256, gguf_text.size_label(weights))
 
 
-def write_text(student: Student, path: Path, pair_id: str, licence: str) -> None:
-    """Text GGUF with float16 matrices, float32 vectors."""
-    import gguf
-
-    facts, config = student.facts, student.model.config.text_config
-    writer = gguf.GGUFWriter(path, facts.decoder)
-    writer.add_type("model")
-    writer.add_name(student.checkpoint.directory.name)
-    if licence:
-        writer.add_license(licence)
-    writer.add_string(PAIR_KEY, pair_id)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(facts.vocab_size)
-    writer.add_context_length(facts.context_length)
-    writer.add_embedding_length(facts.hidden)
-    writer.add_block_count(facts.layers)
-    writer.add_feed_forward_length(facts.intermediate)
-    writer.add_head_count(facts.heads)
-    writer.add_head_count_kv(facts.kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if facts.decoder == "qwen3":
-        writer.add_key_length(facts.head_dim)
-        writer.add_value_length(facts.head_dim)
-    elif facts.decoder == "llama":
-        writer.add_rope_dimension_count(facts.head_dim)
-    _add_tokenizer(writer, student)
-    for name, array in text_tensors(student):
-        writer.add_tensor(name, array)
-    _finish(writer)
+def write_text(origin: Origin, weights: Weights, path: Path, kind: str, hollow: bool = False) -> None:
+    """The text file with float matrices in our own names; `kind` f32, f16 or bf16."""
+    tensors = gguf_text.text_tensors(weights, origin.facts, origin.config, kind)
+    write(path, origin.facts.decoder, gguf_text.describe_text(origin, kind), tensors, hollow)
 
 
-def _add_tokenizer(writer: Any, student: Student) -> None:
-    import gguf
-
-    spec, tokenizer = student.checkpoint.tokenizer.spec, student.checkpoint.tokenizer.tokenizer
-    model = json.loads((student.checkpoint.directory / "tokenizer.json").read_text())
-    special = student.checkpoint.tokenizer.special_ids
-    added = set(tokenizer.get_added_tokens_decoder())
-    names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    taken = set(names.values())
-    tokens: list[str] = []
-    types: list[int] = []
-    for token_id in range(student.facts.vocab_size):
-        if token_id in names:
-            tokens.append(names[token_id])
-            kind = gguf.TokenType.NORMAL
-            if token_id in special:
-                kind = gguf.TokenType.CONTROL
-            elif token_id in added:
-                kind = gguf.TokenType.USER_DEFINED
-            types.append(kind)
-        else:  # embedding rows without a token: llama.cpp wants exactly one name per row, none twice
-            name = f"[PAD{token_id}]"
-            while name in taken:
-                name = f"[{name}]"
-            tokens.append(name)
-            types.append(gguf.TokenType.UNUSED)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(model))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    end = spec.eos_token_ids[0]
-    writer.add_eos_token_id(end)
-    bos = tokenizer.token_to_id(spec.bos_token) if spec.bos_token else None
-    writer.add_bos_token_id(end if bos is None else bos)  # missing would mean 11, a random token
-    writer.add_pad_token_id(spec.pad_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(spec.template)
+def write_mmproj(origin: Origin, weights: Weights, path: Path, kind: str, hollow: bool = False) -> None:
+    """The vision file; `kind` f32, f16 or q8_0."""
+    tensors = gguf_mmproj.vision_tensors(weights, origin.facts, origin.config, kind)
+    write(path, "clip", gguf_mmproj.describe_mmproj(origin, kind), tensors, hollow)
 
 
-def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name for the splitting rule of a tokenizer.json.
+def write_all(
+    student: Student, evidence: Evidence, run: ExportOptions, root: Path, stages: Stages, pair_id: str
+) -> tuple[Files, dict[str, Any], dict[str, Any]]:
+    """Write both files, and the importance matrix where one was used.
+
+    Returns: (file, role) pairs, and the manifest's `precision` and weight counts for `model`.
+    """
+    checkpoint, facts, precision = student.checkpoint, student.facts, parse_gguf(run.precision)
+    weights = Weights(checkpoint.weights)
+    origin = origin_of(checkpoint, facts, weights, pair_id, checkpoint.weights_sha256())
+    base = {"student": origin.sha256, "pair": pair_id, "code": code_sha256(), "versions": versions()}
+    base["converter"] = str(run.llama_cpp)
+
+    def exact(path: Path, kind: str) -> None:
+        if run.llama_cpp is None:
+            write_text(origin, weights, path, kind)
+        else:
+            note(f"converting the decoder with {run.llama_cpp}")
+            gguf_foreign.write_text(origin, weights, run.llama_cpp, path, kind)
+
+    def mmproj(folder: Path) -> Files:
+        path = folder / f"mmproj-{precision.vision}.gguf"
+        write_mmproj(origin, weights, path, precision.vision)
+        return [(path, "mmproj")]
+
+    kept = Stages(None) if facts.tower == "clip" else stages  # a file that may be refused is not worth keeping
+    files = kept.files("mmproj", {**base, "vision": precision.vision}, root, mmproj)
+    if facts.tower == "clip":
+        _check_clip(origin, lambda path: exact(path, weights.kind), evidence, root, files[0][0])
+    importance = find_importance(student, run, precision, root, stages, base)
+    if importance is not None:
+        files.append((root / "imatrix.gguf", "imatrix"))
+
+    def text(folder: Path) -> Files:
+        path = folder / f"text-{precision.decoder}.gguf"
+        if not precision.quantised:
+            exact(path, precision.decoder)
+            return [(path, "text_gguf")]
+        whole = folder / "exact.gguf"
+        exact(whole, exact_kind(precision, weights))
+        note(f"quantising to {precision.text()}" + (f" with {importance.data}" if importance else ""))
+        quantise(whole, path, precision, root / "imatrix.gguf" if importance else None)
+        whole.unlink()
+        return [(path, "text_gguf")]
+
+    seen = sha256_file(root / "imatrix.gguf") if importance else None
+    files += stages.files("text", {**base, "precision": precision.text(), "importance": seen}, root, text)
+    section, counts = describe({role: path for path, role in files}, precision, facts)
+    if importance is not None:
+        section["decoder"]["imatrix"] = importance.to_json()
+    return files, section, counts
+
+
+def exact_kind(precision: GgufPrecision, weights: Weights) -> str:
+    """What the text file holds before quantisation: every number as stored, so that nothing is rounded twice."""
+    return precision.decoder if precision.decoder in ("f32", "f16", "bf16") else weights.kind
+
+
+def find_importance(
+    student: Student, run: ExportOptions, precision: GgufPrecision, root: Path, stages: Stages, base: Mapping[str, Any]
+) -> Importance | None:
+    """The matrix of --imatrix, or one gathered now; kept in the artefact. None where it changes nothing."""
+    if run.no_imatrix or not precision.weighted:
+        return None
+    if run.imatrix is not None:
+        given = imatrix.load(run.imatrix)
+        if run.llama_cpp is not None:  # llama.cpp itself says what does not fit
+            shutil.copyfile(run.imatrix, root / "imatrix.gguf")
+            return given
+        shapes = {t.name: t.shape for t in gguf_text.text_tensors(Weights(student.checkpoint.weights), student.facts, read_config(student.checkpoint), "f32")}  # fmt: skip
+        imatrix.check(given, shapes, run.imatrix)
+        shutil.copyfile(run.imatrix, root / "imatrix.gguf")
+        return given
+
+    def make(folder: Path) -> Files:
+        note("gathering an importance matrix on real images")
+        imatrix.gather(student, run.calibration).save(folder / "imatrix.gguf")
+        return [(folder / "imatrix.gguf", "imatrix")]
+
+    key = {**base, "calibration": _folder_key(run.calibration)}
+    (path, _), *_rest = stages.files("imatrix", key, root, make)
+    return imatrix.load(path)
+
+
+def _folder_key(folder: Path | None) -> list[Any]:
+    if folder is None:
+        return []
+    return sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in folder.iterdir() if p.is_file())
+
+
+def _check_clip(
+    origin: Origin, write_exact: Callable[[Path], None], evidence: Evidence, root: Path, mmproj: Path
+) -> None:
+    """llama.cpp has placed the class token wrongly for years; measure what the installed one does.
 
     Raises:
-        CheckpointError: a rule llama.cpp has no exact counterpart for.
+        CheckpointError: visual tokens differ from PyTorch's.
     """
-    steps = tokenizer.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    patterns = [s["pattern"].get("Regex", "") for s in steps if s.get("type") == "Split"]
-    if any("\\p{N}{1,3}" in p for p in patterns):
-        return "llama-bpe"
-    if any("\\p{N}|" in p for p in patterns):
-        return "qwen2"
-    if any(s.get("type") == "ByteLevel" and s.get("use_regex", True) for s in steps):
-        return "gpt-2"
-    raise CheckpointError(f"pre-tokenizer {[s.get('type') for s in steps]} has no counterpart in llama.cpp")
+    from export.llama import LlamaBackend
+    from export.parity import compare_features
+
+    image, spec = origin.checkpoint.image, origin.checkpoint.tokenizer.spec
+    case, expected = evidence.cases[0], evidence.expected[0]
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        text = Path(scratch) / "text.gguf"
+        write_exact(text)
+        backend = LlamaBackend(text, mmproj, image, spec.image_token)
+        try:
+            measured = compare_features(expected.features, backend.features(case.prompt.image)[expected.rows])
+        finally:
+            backend.close()
+    if not measured["cosine"] >= CLIP_COSINE:
+        raise CheckpointError(
+            f"{origin.checkpoint.directory} cannot become GGUF: the installed llama.cpp computes CLIP towers wrongly "
+            f"(visual tokens have cosine {measured['cosine']:.3f} with PyTorch's, {CLIP_BUG}); use --target onnx"
+        )
 
 
-def text_tensors(student: Student) -> list[tuple[str, np.ndarray[Any, Any]]]:
-    """GGUF names and arrays: matrices float16, vectors float32."""
-    model, facts = student.model, student.facts
-    language = model.model.language_model
-    tensors = [("token_embd.weight", _array(language.embed_tokens.weight))]
-    tensors.append(("output_norm.weight", _array(language.norm.weight)))
-    if not facts.tied:
-        tensors.append(("output.weight", _array(model.lm_head.weight)))
-    for index, layer in enumerate(language.layers):
-        for name, parameter in layer.named_parameters():
-            module, _, kind = name.rpartition(".")
-            array = _array(parameter)
-            if facts.decoder == "llama" and module in ("self_attn.q_proj", "self_attn.k_proj"):
-                array = _interleave(array, facts.heads if "q_proj" in module else facts.kv_heads)
-            tensors.append((f"blk.{index}.{TEXT_NAMES[module]}.{kind}", array))
-    return tensors
+def describe(
+    paths: Mapping[str, Path], precision: GgufPrecision, facts: Facts
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Precision per component as measured on the files, and the byte counts a profiler needs."""
+    text, mmproj = (read_tensors(paths[role]) for role in ("text_gguf", "mmproj"))
+    parts = {
+        "vision_encoder": (precision.vision, list(mmproj.values())),
+        "embed_tokens": (None, [text["token_embd.weight"]]),
+        "decoder": (precision.decoder, [t for n, t in text.items() if n not in ("token_embd.weight", "output.weight")]),
+        "lm_head": (None, [text[n] for n in ("output.weight",) if n in text]),
+    }
+    section: dict[str, Any] = {}
+    for name, (declared, tensors) in parts.items():
+        if not tensors:
+            continue
+        types: dict[str, int] = {}
+        for tensor in tensors:
+            if len(tensor.shape) > 1:
+                types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
+        stored = sum(int(t.n_bytes) for t in tensors)
+        section[name] = {
+            "type": declared or tensors[0].tensor_type.name.lower(),
+            "bits_per_weight": 8 * stored / sum(int(t.n_elements) for t in tensors),
+            "bytes": stored,
+            "types": types,
+            "fallbacks": {},
+        }
+    shapes = {n: tuple(int(v) for v in reversed(t.shape)) for n, t in text.items()}
+    kinds = {n: t.tensor_type.name for n, t in text.items()}
+    section["decoder"]["fallbacks"] = fell_back(precision, shapes, kinds)
+    wanted = precision.vision.upper()
+    narrow = section["vision_encoder"]["types"].get("F16", 0) if wanted == "Q8_0" else 0
+    if narrow:
+        section["vision_encoder"]["fallbacks"] = {"Q8_0 -> F16 (patches, or rows not a multiple of 32)": narrow}
+    head = int(text["output.weight" if "output.weight" in text else "token_embd.weight"].n_bytes)
+    return section, {
+        "decoder_weight_bytes": section["decoder"]["bytes"] + head,
+        "lm_head_bytes": head,
+        "kv_bytes_per_token": facts.kv_bytes_per_token(2),
+        "kv_type": "f16",
+    }
 
 
-def _interleave(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of each head from two halves to neighbouring pairs: arch `llama` rotates (0,1), (2,3), ..."""
-    shape = array.shape
-    return np.ascontiguousarray(array.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2)).reshape(
-        shape
-    )
+def estimate(checkpoint: Checkpoint, facts: Facts, run: ExportOptions) -> dict[str, Any]:
+    """Files, sizes, real bits per weight and fallbacks, as llama.cpp itself plans them; no weight is read.
 
+    Returns: empty where another converter writes the text file.
 
-def write_mmproj(student: Student, path: Path, pair_id: str) -> None:
-    """Vision tower and projector with float16 matrices."""
-    import gguf
-
-    facts, vision, image = student.facts, student.model.config.vision_config, student.checkpoint.image
-    blocks = blocks_used(facts, vision.num_hidden_layers)[0]
-    writer = gguf.GGUFWriter(path, "clip")
-    writer.add_type("mmproj")
-    writer.add_string(PAIR_KEY, pair_id)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", True)  # without it: QuickGELU
-    for key, value in (
-        ("image_size", vision.image_size),
-        ("patch_size", vision.patch_size),
-        ("embedding_length", vision.hidden_size),
-        ("feed_forward_length", vision.intermediate_size),
-        ("block_count", blocks),
-        ("projection_dim", facts.hidden),
-        ("attention.head_count", vision.num_attention_heads),
-    ):
-        writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.layer_norm_eps)
-    writer.add_array("clip.vision.image_mean", [float(v) for v in image.mean])
-    writer.add_array("clip.vision.image_std", [float(v) for v in image.std])
-    # named explicitly, or the last block is silently skipped; gguf-py writes Python ints as INT32, as llama.cpp needs
-    writer.add_array("clip.vision.feature_layer", [blocks])
-    for name, array in vision_tensors(student, blocks):
-        writer.add_tensor(name, array)
-    _finish(writer)
-
-
-def vision_tensors(student: Student, blocks: int) -> list[tuple[str, np.ndarray[Any, Any]]]:
-    """Only the blocks in use; never the post-layernorm, which llama.cpp would apply to the features."""
-    model, vision = student.model.model, student.model.config.vision_config
-    tower, projector = model.vision_tower, model.multi_modal_projector
-    tensors = [
-        ("v.patch_embd.weight", _array(tower.embeddings.patch_embedding.weight)),
-        ("v.patch_embd.bias", _array(tower.embeddings.patch_embedding.bias)),
-        ("v.position_embd.weight", _array(tower.embeddings.position_embedding.weight).astype(np.float32)),
+    Raises:
+        CheckpointError: a tensor is missing or has no place in a GGUF file.
+    """
+    if run.llama_cpp is not None:
+        return {}
+    precision, weights = parse_gguf(run.precision), Weights(checkpoint.weights)
+    check_tables(precision, facts.hidden, gguf_text.tied(weights, facts))
+    origin = origin_of(checkpoint, facts, weights, "0" * 16, "0" * 64)
+    tensors = gguf_text.text_tensors(weights, facts, origin.config, exact_kind(precision, weights))
+    shapes = {t.name: t.shape for t in tensors}
+    types = {t.name: t.type for t in tensors}
+    weighted = precision.weighted and not run.no_imatrix
+    with tempfile.TemporaryDirectory() as scratch:
+        text, mmproj = Path(scratch) / "text.gguf", Path(scratch) / "mmproj.gguf"
+        write_text(origin, weights, text, exact_kind(precision, weights), hollow=True)
+        write_mmproj(origin, weights, mmproj, precision.vision, hollow=True)
+        header = text.stat().st_size - sum(_padded(t.bytes) for t in tensors)
+        if precision.quantised:
+            types = plan(text, precision, weighted)
+        vision_bytes = mmproj.stat().st_size
+    text_bytes = header + sum(_padded(stored_bytes(shapes[name], kind)) for name, kind in types.items())
+    files = [
+        {"path": f"text-{precision.decoder}.gguf", "bytes": text_bytes},
+        {"path": f"mmproj-{precision.vision}.gguf", "bytes": vision_bytes},
     ]
-    names = dict(VISION_NAMES)
-    if vision.intermediate_size == vision.hidden_size:  # llama.cpp then takes them for an old, swapped file
-        names["mlp.fc1"], names["mlp.fc2"] = names["mlp.fc2"], names["mlp.fc1"]
-    for index, layer in enumerate(tower.encoder.layers[:blocks]):
-        for name, parameter in layer.named_parameters():
-            module, _, kind = name.rpartition(".")
-            tensors.append((f"v.blk.{index}.{names[module]}.{kind}", _array(parameter)))
-    for source, target in (("linear_1", "mm.0"), ("linear_2", "mm.2")):
-        for kind, parameter in getattr(projector, source).named_parameters():
-            tensors.append((f"{target}.{kind}", _array(parameter)))
-    return tensors
+    if weighted:
+        columns = [shape[1] for shape in shapes.values() if len(shape) == 2]
+        files.append({"path": "imatrix.gguf", "bytes": sum(4 * c + 256 for c in columns)})
+    count = sum(stored.count for stored in weights.stored.values())
+    return {
+        "files": files,
+        "fallbacks": fell_back(precision, shapes, types),
+        "bits_per_weight": 8 * (text_bytes + vision_bytes) / count,
+    }
 
 
-def _array(parameter: Any) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = parameter.detach().float().numpy()
-    return array.astype(np.float16) if array.ndim > 1 else array
+def _padded(size: int) -> int:
+    return -(-size // 32) * 32
 
 
-def _finish(writer: Any) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def code_sha256() -> str:
+    """Of this room's program text: stages of another version are made again."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
-def bits_per_weight(path: Path) -> tuple[float, dict[str, int]]:
-    """Measured on the file: bits per stored weight, and how many matrices have which type."""
-    import gguf
-
-    tensors = gguf.GGUFReader(path).tensors
-    types: dict[str, int] = {}
-    for tensor in tensors:
-        if len(tensor.shape) > 1:
-            types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
-    return 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors), types
-
-
-def read_pair_id(path: Path) -> str:
-    """The pair id inside a GGUF file, empty if it has none."""
-    import gguf
-
-    field = gguf.GGUFReader(path).get_field(PAIR_KEY)
-    return "" if field is None else str(field.contents())
-
-
-def decoder_bytes(path: Path, facts: Facts) -> tuple[int, int]:
-    """Bytes read per generated token: (all decoder matrices and norms with the head, the head alone)."""
-    import gguf
-
-    sizes = {t.name: int(t.n_bytes) for t in gguf.GGUFReader(path).tensors}
-    head = sizes["token_embd.weight" if facts.tied else "output.weight"]
-    body = sum(size for name, size in sizes.items() if name not in ("token_embd.weight", "output.weight"))
-    return body + head, head
+def versions() -> list[str]:
+    return [importlib.metadata.version(name) for name in ("gguf", "llama-cpp-python")]

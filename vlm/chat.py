@@ -82,19 +82,7 @@ class ChatTokenizer:
         return self._render(messages, add_generation_prompt)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            return str(
-                _template(self.spec.template).render(
-                    messages=list(messages),
-                    add_generation_prompt=add_generation_prompt,
-                    bos_token=self.spec.bos_token,
-                    eos_token=self.spec.eos_token,
-                )
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template refuses this conversation ({error})") from None
+        return render_template(self.spec, messages, add_generation_prompt)
 
     def expand(self, rendered: str) -> str:
         """Repeat each image token so that it covers the visual tokens of one image."""
@@ -177,6 +165,27 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def render_template(spec: ChatSpec, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    """A conversation through the template of `spec`, whatever its texts hold.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return str(
+            _template(spec.template).render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                bos_token=spec.bos_token,
+                eos_token=spec.eos_token,
+            )
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"the chat template refuses this conversation ({error})") from None
 
 
 def _texts(message: Message) -> list[str]:

@@ -20,8 +20,8 @@ FORMATS = ("onnx", "gguf", "tensorrt")
 class FileEntry:
     """One file of the artefact; `path` is relative to the manifest, `role` says what it is for.
 
-    Roles: vision_encoder, embed_tokens, decoder, external_data, text_gguf, mmproj, build_plan, build_script,
-    build_script_part, tokenizer, chat_template, config, card, golden_image, reference.
+    Roles: vision_encoder, embed_tokens, decoder, external_data, text_gguf, mmproj, imatrix, build_plan,
+    build_script, build_script_part, tokenizer, chat_template, config, card, golden_image, reference.
     """
 
     path: str

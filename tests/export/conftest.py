@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from export import imatrix
 from export.artefact import Making
 from export.evidence import Evidence, collect
 from export.measure import measure
@@ -54,6 +55,7 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    imatrix.MOST = 16  # images of an importance matrix; 128 outside of tests
 
 
 @dataclass(frozen=True)
