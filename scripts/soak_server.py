@@ -22,10 +22,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import psutil
 from PIL import Image as Pillow
@@ -75,6 +75,42 @@ def expected(artifact: str, backend: str, images: list[bytes]) -> dict[tuple[int
     return right
 
 
+class Wire:
+    """One connection kept open, by hand: a client library would take more of the machine than the server under test."""
+
+    def __init__(self, url: str) -> None:
+        host, _, port = url.removeprefix("http://").partition(":")
+        self._address = (host, int(port))
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def post(self, body: bytes) -> tuple[int, AsyncIterator[bytes]]:
+        """Status and the pieces of the reply, to be read to the end or given up with `close`."""
+        if self._reader is None or self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection(*self._address)
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await self._writer.drain()
+        first, *lines = (await self._reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        fields = dict(line.lower().split(": ", 1) for line in lines if line)
+        return int(first.split()[1]), self._pieces(self._reader, fields)
+
+    async def _pieces(self, reader: asyncio.StreamReader, fields: dict[str, str]) -> AsyncIterator[bytes]:
+        if "content-length" in fields:
+            yield await reader.readexactly(int(fields["content-length"]))
+        elif "chunked" in fields.get("transfer-encoding", ""):
+            while size := int(await reader.readline(), 16):
+                yield (await reader.readexactly(size + 2))[:-2]
+            await reader.readline()
+        if fields.get("connection") == "close":
+            self.close()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._reader = self._writer = None
+
+
 class Soak:
     """Counts of one run."""
 
@@ -83,46 +119,47 @@ class Soak:
         self.statuses: Counter[int | str] = Counter()
         self.wrong: list[str] = []
         self.health_s: list[float] = []
+        self.answer_s: list[float] = []
         self.refusal_s: list[float] = []
         self.deadline = 0.0
 
-    async def client(self, pool: httpx.AsyncClient, number: int, seed: int) -> None:
+    async def client(self, number: int, seed: int) -> None:
         """Ask about random pictures; a few requests are given up on the way."""
-        rng = random.Random(seed * 1000 + number)
+        rng, wire = random.Random(seed * 1000 + number), Wire(self.url)
         while time.monotonic() < self.deadline:
             i, q = rng.randrange(len(self.images)), rng.randrange(len(QUESTIONS))
             body = self.body(i, q, stream := rng.random() < 0.5)
             started = time.monotonic()
             try:
-                status, text = await self.ask(pool, body, stream, give_up=rng.random() < 0.05)
-            except httpx.HTTPError as error:
+                status, text = await self.ask(wire, body, stream, give_up=rng.random() < 0.05)
+            except (OSError, asyncio.IncompleteReadError) as error:
                 status, text = f"{type(error).__name__} ({error})", None
+                wire.close()
             self.statuses[status] += 1
             if status == 429:
                 self.refusal_s.append(time.monotonic() - started)
                 await asyncio.sleep(rng.uniform(0.05, 0.5))
-            elif text is not None and text != self.right[i, q]:
-                self.wrong.append(f"picture {i}, {QUESTIONS[q]!r}: {text!r} instead of {self.right[i, q]!r}")
+            elif text is not None:
+                self.answer_s.append(time.monotonic() - started)
+                if text != self.right[i, q]:
+                    self.wrong.append(f"picture {i}, {QUESTIONS[q]!r}: {text!r} instead of {self.right[i, q]!r}")
+        wire.close()
 
-    async def ask(
-        self, pool: httpx.AsyncClient, body: bytes, stream: bool, give_up: bool
-    ) -> tuple[int | str, str | None]:
-        headers = {"Content-Type": "application/json"}
-        url = f"{self.url}/v1/chat/completions"
-        if not stream:
-            got = await pool.post(url, content=body, headers=headers)
-            return got.status_code, got.json()["choices"][0]["message"]["content"] if got.status_code == 200 else None
-        said = ""
-        async with pool.stream("POST", url, content=body, headers=headers) as reply:
-            if reply.status_code != 200:
-                await reply.aread()
-                return reply.status_code, None
-            async for line in reply.aiter_lines():
-                if give_up and said:
-                    return "given up", None
+    async def ask(self, wire: Wire, body: bytes, stream: bool, give_up: bool) -> tuple[int | str, str | None]:
+        status, pieces = await wire.post(body)
+        if status != 200 or not stream:
+            whole = b"".join([piece async for piece in pieces])
+            return status, json.loads(whole)["choices"][0]["message"]["content"] if status == 200 else None
+        said = rest = ""
+        async for piece in pieces:
+            *lines, rest = (rest + piece.decode()).split("\n")
+            for line in lines:
                 if line.startswith("data: {"):
                     choices = json.loads(line[6:]).get("choices") or [{"delta": {}}]
                     said += choices[0]["delta"].get("content") or ""
+            if give_up and said:
+                wire.close()
+                return "given up", None
         return 200, said
 
     def body(self, i: int, q: int, stream: bool) -> bytes:
@@ -132,11 +169,8 @@ class Soak:
         return json.dumps({**value, "temperature": 0}).encode()
 
     async def run(self, clients: int, seconds: float, seed: int) -> None:
-        # one pool for all: making a client reads certificates, which takes longer than an answer
-        limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-        async with httpx.AsyncClient(timeout=60, limits=limits) as pool:
-            self.deadline = time.monotonic() + seconds
-            await asyncio.gather(*[self.client(pool, number, seed) for number in range(clients)])
+        self.deadline = time.monotonic() + seconds
+        await asyncio.gather(*[self.client(number, seed) for number in range(clients)])
 
 
 def probe(url: str, seconds: float, results: Any) -> None:
@@ -223,6 +257,8 @@ def finish(soak: Soak, growth: int, arguments: argparse.Namespace) -> None:
         "health_p50_ms": 1000 * float(np.median(soak.health_s)),
         "health_p99_ms": 1000 * health_p99,
         "health_max_ms": 1000 * max(soak.health_s),
+        "answer_p50_ms": 1000 * float(np.median(soak.answer_s)) if soak.answer_s else None,
+        "answer_p99_ms": 1000 * float(np.quantile(soak.answer_s, 0.99)) if soak.answer_s else None,
         "refusal_p99_ms": 1000 * float(np.quantile(soak.refusal_s, 0.99)) if soak.refusal_s else None,
     }
     problems = soak.wrong[:3]
