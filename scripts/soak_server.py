@@ -4,7 +4,7 @@
 
 Each client keeps a chat about pictures of its own. The right answers are computed beforehand, one by one, by the same
 artefact without caches; an answer counts as wrong unless it equals the one for that picture and question. Overload must be
-answered 429 at once. Exit code 1 if anything is wrong; the last line is JSON.
+answered 429 at once. Beside /health a server with nothing to do is asked: its delay is that of the machine. Exit code 1 if anything is wrong; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,7 @@ class Soak:
         self.statuses: Counter[int | str] = Counter()
         self.wrong: list[str] = []
         self.health_s: list[float] = []
+        self.idle_s: list[float] = []
         self.answer_s: list[float] = []
         self.refusal_s: list[float] = []
         self.deadline = 0.0
@@ -173,17 +175,30 @@ class Soak:
         await asyncio.gather(*[self.client(number, seed) for number in range(clients)])
 
 
-def probe(url: str, seconds: float, results: Any) -> None:
-    """A process of its own asks /health ten times a second, so that only the server's delay is seen."""
+def idle_server(ports: Any) -> None:
+    """The least a server can be, with nothing else to do: what it takes to answer is the machine's delay, not a server's."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ports.put(listener.getsockname()[1])
+        connection, _ = listener.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with connection:
+            while connection.recv(1 << 12):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+def probe(url: str, idle_port: int, seconds: float, results: Any) -> None:
+    """A process of its own asks /health, and the idle server, ten times a second, so that no client's delay is seen."""
     host, port = url.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=60)
-    delays, deadline = [], time.monotonic() + seconds
+    connections = [http.client.HTTPConnection(host, int(p), timeout=60) for p in (port, idle_port)]
+    delays: list[list[float]] = [[], []]
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        started = time.monotonic()
-        connection.request("GET", "/health")
-        reply = connection.getresponse()
-        reply.read()
-        delays.append((time.monotonic() - started) if reply.status == 200 else float("inf"))
+        for connection, seen in zip(connections, delays, strict=True):
+            started = time.monotonic()
+            connection.request("GET", "/health")
+            reply = connection.getresponse()
+            reply.read()
+            seen.append((time.monotonic() - started) if reply.status == 200 else float("inf"))
         time.sleep(0.1)
     results.put(delays)
 
@@ -230,11 +245,12 @@ def main() -> None:
         before = server.memory_info().rss
         soak = Soak(url, images, right)
         context = multiprocessing.get_context("spawn")
-        results = context.Queue()
-        prober = context.Process(target=probe, args=(url, arguments.seconds, results))
+        results, ports = context.Queue(), context.Queue()
+        context.Process(target=idle_server, args=(ports,), daemon=True).start()
+        prober = context.Process(target=probe, args=(url, ports.get(timeout=60), arguments.seconds, results))
         prober.start()
         asyncio.run(soak.run(arguments.clients, arguments.seconds, arguments.seed))
-        soak.health_s = results.get(timeout=120)
+        soak.health_s, soak.idle_s = results.get(timeout=120)
         prober.join()
         growth = server.memory_info().rss - before
     finally:
@@ -257,6 +273,7 @@ def finish(soak: Soak, growth: int, arguments: argparse.Namespace) -> None:
         "health_p50_ms": 1000 * float(np.median(soak.health_s)),
         "health_p99_ms": 1000 * health_p99,
         "health_max_ms": 1000 * max(soak.health_s),
+        "idle_server_p99_ms": 1000 * float(np.quantile(soak.idle_s, 0.99)),
         "answer_p50_ms": 1000 * float(np.median(soak.answer_s)) if soak.answer_s else None,
         "answer_p99_ms": 1000 * float(np.quantile(soak.answer_s, 0.99)) if soak.answer_s else None,
         "refusal_p99_ms": 1000 * float(np.quantile(soak.refusal_s, 0.99)) if soak.refusal_s else None,
