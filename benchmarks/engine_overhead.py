@@ -5,8 +5,10 @@
 ours = TPOT through the engine (sampling, detokenising, stop strings, timing, events, cancel checks), once with the caller
 asleep until the end (`complete`) and once with a caller that wakes for every token (`generate`); theirs = the bare loop:
 argmax and one step per token, nothing else. `raw` is the bare loop written directly on llama.cpp's C functions, with its
-token, batch and logits made once. All are the median interval between two steps of one answer: `wall` on the clock, `cpu` in
-processor time of the thread that runs the model, which other work on a busy machine lengthens less.
+token, batch and logits made once. All are medians over the tokens of one answer: `wall` is the interval between two steps on
+the clock, `cpu` the same in processor time of the thread that runs the model. Steps are the same code on all sides but vary by
+more than the engine adds, so `outside` takes the time between the end of one step and the start of the next of each side, and
+adds one step time, the median of all sides and rounds, to both.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,25 +31,37 @@ from runtime.images import from_pillow, question
 from runtime.loading import load
 from vlm import digits
 
-Timed = tuple[float, float]
+
+@dataclass(frozen=True)
+class Timed:
+    """Medians of one answer in milliseconds: between two steps on the clock and in processor time, outside steps, inside."""
+
+    wall: float
+    cpu: float
+    outside: float
+    inside: float
 
 
 class Stamps:
-    """Clock and processor time at the start of every step."""
+    """Clock and processor time at the start of every step, clock at its end."""
 
     def __init__(self) -> None:
-        self.wall: list[int] = []
+        self.starts: list[int] = []
+        self.ends: list[int] = []
         self.cpu: list[int] = []
 
-    def add(self) -> None:
-        self.wall.append(time.perf_counter_ns())
+    def start(self) -> None:
         self.cpu.append(time.thread_time_ns())
+        self.starts.append(time.perf_counter_ns())
+
+    def end(self) -> None:
+        self.ends.append(time.perf_counter_ns())
 
     def medians(self) -> Timed:
-        """Milliseconds between two steps, wall and cpu."""
-        return tuple(  # type: ignore[return-value]
-            statistics.median(b - a for a, b in itertools.pairwise(times)) / 1e6 for times in (self.wall, self.cpu)
-        )
+        between = [[b - a for a, b in itertools.pairwise(times)] for times in (self.starts, self.cpu)]
+        outside = [start - end for end, start in zip(self.ends, self.starts[1:], strict=False)]
+        inside = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
+        return Timed(*(statistics.median(values) / 1e6 for values in (*between, outside, inside)))
 
 
 @contextmanager
@@ -57,8 +72,10 @@ def stamped(engine: Engine, stamps: Stamps) -> Iterator[Backend]:
     step = backend.step
 
     def watched(token_id: int) -> Any:
-        stamps.add()
-        return step(token_id)
+        stamps.start()
+        logits_V = step(token_id)
+        stamps.end()
+        return logits_V
 
     backend.step = watched  # type: ignore[method-assign]
     try:
@@ -109,8 +126,10 @@ def raw_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
     decode, logits_of = llama.llama_decode, llama.llama_get_logits_ith
     for _ in range(tokens - 1):
         token[0] = int(np.argmax(logits_V))
-        stamps.add()
-        if decode(context, batch) or not logits_of(context, -1):  # asking for them is what waits for the device
+        stamps.start()
+        failed = decode(context, batch) or not logits_of(context, -1)  # asking for them is what waits for the device
+        stamps.end()
+        if failed:
             raise RuntimeError("llama_decode failed")
     return stamps.medians()
 
@@ -133,11 +152,19 @@ def measure(engine: Engine, tokens: int, rounds: int) -> list[Result]:
             timed = sides[name](engine, messages, tokens)
             if turn:
                 seen[name].append(timed)
+    step = statistics.median(timed.inside for values in seen.values() for timed in values)
+    measures: dict[str, Callable[[Timed], float]] = {
+        "outside": lambda timed: timed.outside + step,
+        "wall": lambda timed: timed.wall,
+        "cpu": lambda timed: timed.cpu,
+    }
     results = []
-    for at, clock in enumerate(("wall", "cpu")):
-        times = {name: [timed[at] for timed in values] for name, values in seen.items()}
+    for measure_name, of in measures.items():
+        times = {name: [of(timed) for timed in values] for name, values in seen.items()}
         for ours, theirs in itertools.product(("engine", "stream"), names[2:]):
-            label = f"{ours} / {theirs}, {engine.info.name}, {engine.info.backend} {engine.info.precision}, {clock}"
+            label = (
+                f"{ours} / {theirs}, {engine.info.name}, {engine.info.backend} {engine.info.precision}, {measure_name}"
+            )
             results.append(compare(label, times[ours], times[theirs], "ms per token"))
     return results
 
