@@ -183,6 +183,10 @@ def test_two_models_answer_side_by_side_one_after_the_other(chromium: Any, visit
     assert [columns.nth(i).locator(".column-answer").inner_text() for i in range(2)] == ["7", "9"]
     assert visit.page.locator("#columns tbody .lat, #columns .lat").count() == 2
     assert served.loads == [("a", []), ("b", [])]  # the first was freed before the second came
+    table, cards = (visit.page.locator(f"#columns {part}").bounding_box() for part in (".wide", ".answer-columns"))
+    assert table is not None
+    assert cards is not None
+    assert cards["y"] - (table["y"] + table["height"]) >= 10  # they do not touch
     left = [columns.nth(i).evaluate("e => e.getBoundingClientRect().left") for i in range(2)]
     assert left[0] < left[1]  # side by side
     visit.page.locator("#compare:not([disabled])").wait_for()
@@ -294,7 +298,7 @@ def test_all_tabs_ask_nobody_else_and_nothing_fails(chromium: Any, visits: list[
     assert visit.failed == []
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
 def test_tabs_fit_a_phone_and_a_desk_in_dark_and_light(
     chromium: Any, visits: list[Any], width: int, scheme: str
 ) -> None:
@@ -307,6 +311,7 @@ def test_tabs_fit_a_phone_and_a_desk_in_dark_and_light(
     for name in TABS:
         visit.tab(name)
         assert visit.page.evaluate("document.documentElement.scrollWidth") == width, name
+        assert visit.page.evaluate("document.querySelector('.gradio-container').clientWidth") == width, name
         nameless = visit.page.evaluate(
             """() => [...document.querySelectorAll('main button, main input, main textarea, main iframe')]
                 .filter(e => e.checkVisibility() && e.type !== 'file')
