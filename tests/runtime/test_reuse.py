@@ -12,7 +12,7 @@ from runtime import load
 from runtime.api import Backend, Done, Image, Message, Reuse, Sampling, Token
 from runtime.engine import Engine
 from runtime.images import answer, from_pillow, question
-from runtime.loading import _open
+from runtime.loading import open_backend
 from runtime.options import LoadOptions
 from vlm import digits
 from vlm.errors import UserError
@@ -56,7 +56,7 @@ def test_a_chat_with_pictures_gives_the_same_tokens_with_and_without_caches(
 @pytest.mark.parametrize("chunk", [1, 7, 40])
 def test_prefill_in_pieces_gives_the_same_logits(kind: str, chunk: int, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(kind)
-    backend: Backend = _open(path, "auto", LoadOptions())  # type: ignore[assignment]
+    backend: Backend = open_backend(path, "auto", LoadOptions())  # type: ignore[assignment]
     try:
         messages = [question("Compare them.", picture(1), picture(2))]
         prompt = backend.prepare(messages)
