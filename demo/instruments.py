@@ -134,7 +134,7 @@ class Instruments:
         if found is None or found["mbu_measured"] is None:
             return Figure(None, bandwidth.reason)
         measured = f"{found['achieved_gbs']:.1f} of {bandwidth.value:.1f} GB/s"
-        if found["verdict"] == "cache_resident":
+        if found["fits_cache"]:
             sizes = f"{size_text(found['bytes_per_token'])} a token, a cache of {size_text(found['last_level_cache_bytes'])}"
             return Figure(None, f"not limited by memory: {sizes} ({measured})", IN_CACHE)
         return Figure(found["mbu_measured"], measured)

@@ -107,6 +107,8 @@ def read_profile(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON; make it with `profile --out`") from None
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a {SCHEMA} file; make it with `profile --out`")
+    if missing := [name for name in ("valid", "environment", "profiles") if name not in value]:
+        raise UserError(f"{path} lacks {missing[0]!r}; make it again with `profile --out`")
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ def examine() -> list[Finding]:
         ("torch", _torch),
         ("tensorrt", _tensorrt),
         ("serve", _serve),
+        ("demo", _demo),
         ("eval and profile on digits", _digits),
         ("energy meter", _energy),
     ]
@@ -130,6 +132,12 @@ def _serve() -> str:
     for package in ("starlette", "uvicorn", "prometheus_client"):
         need_package(package, "serve")
     return f"starlette {package_version('starlette')}, uvicorn {package_version('uvicorn')}"
+
+
+def _demo() -> str:
+    if importlib.util.find_spec("gradio") is None:  # importing it takes seconds
+        raise MissingPiece("gradio is not installed; run `pip install 'align-edge[demo]'`")
+    return f"gradio {package_version('gradio')}"
 
 
 def _energy() -> str:

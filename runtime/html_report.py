@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from runtime.api import STAGES
-from runtime.tables import number
+from runtime.tables import mbu_text, number
 
 COLOURS = ("#2f6db5", "#c8553d", "#3c8d5a", "#8a5fb0", "#b8862b", "#4a9aa8", "#a0506f", "#6b6b6b")
 STAGE_COLOURS = dict(
@@ -106,13 +106,12 @@ def _limits(profiles: Sequence[dict[str, Any]]) -> str:
     rows = []
     for p in profiles:
         roofline, energy, follow = p["roofline"] or {}, p["energy"] or {}, p["follow_up"] or {}
-        mbu = roofline.get("mbu_measured")
         rows.append(
             [
                 _name(p),
                 number(p["metrics"]["stop_ms"]["p50"]),
                 number(follow.get("ratio")),
-                "-" if mbu is None else f"{100 * mbu:.0f} %",
+                mbu_text(roofline),
                 number(energy.get("j_per_output_token"), 1, 3),
                 roofline.get("remedy") or p["energy_note"] or "-",
             ]

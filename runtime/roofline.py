@@ -134,6 +134,7 @@ def roofline_json(
         "bound_tok_s": measured_gbs * 1e9 / per_token if measured_gbs else None,
         "lm_head_share": share,
         "last_level_cache_bytes": cache_bytes,
+        "fits_cache": fits,
         "prefill_mfu": None,
         "verdict": found.name,
         "remedy": found.text,

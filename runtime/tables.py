@@ -86,6 +86,14 @@ def _follow_ups(profiles: list[dict[str, Any]]) -> tuple[list[str], list[list[st
     return header, rows
 
 
+def mbu_text(roofline: dict[str, Any]) -> str:
+    """Share of the measured memory speed; where all a token reads fits the cache, memory is not the limit."""
+    share = roofline.get("mbu_measured")
+    if share is None:
+        return "-"
+    return "in cache" if roofline.get("fits_cache") else f"{100 * share:.0f} %"
+
+
 def _limits(profiles: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for p in profiles:
@@ -96,7 +104,7 @@ def _limits(profiles: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
                 number(p["metrics"]["stop_ms"]["p50"]),
                 number(p["metrics"]["stop_ms"]["max"]),
                 number(p["synchronised"] and p["synchronised"]["overhead_pct"], 1, 1),
-                "-" if roofline.get("mbu_measured") is None else f"{100 * roofline['mbu_measured']:.0f} %",
+                mbu_text(roofline),
                 number(energy.get("j_per_output_token"), 1, 3),
                 roofline.get("remedy") or "-",
             ]

@@ -16,7 +16,7 @@ from runtime.profile_command import parse_slo
 from runtime.profiler import Measured, ProfileOptions, Profiler, Session
 from runtime.report import report
 from runtime.runner import ProcessRunner, turn
-from runtime.tables import csv_text, jsonl, markdown, tables
+from runtime.tables import csv_text, jsonl, markdown, mbu_text, tables
 from runtime.workload import Workload, make_workload
 from vlm.errors import MissingPiece, UserError
 
@@ -254,3 +254,16 @@ def test_out_needs_a_known_ending(command: Command, tmp_path: Path) -> None:
     result = command(["runtime", "profile", "x", "--backend", "fake", "--out", tmp_path / "p.pdf"])
     assert result.returncode == 2
     assert "known: .json, .jsonl, .csv, .md, .html" in result.stderr
+
+
+def test_a_profile_that_lacks_a_section_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "half.json"
+    path.write_text('{"schema": "vlm-profile/1", "valid": true}')
+    with pytest.raises(UserError, match="lacks 'environment'"):
+        read_profile(path)
+
+
+def test_weights_in_the_cache_have_no_share_of_memory_speed() -> None:
+    assert mbu_text({"mbu_measured": 1.66, "fits_cache": True}) == "in cache"
+    assert mbu_text({"mbu_measured": 0.42, "fits_cache": False}) == "42 %"
+    assert mbu_text({"mbu_measured": None}) == "-"

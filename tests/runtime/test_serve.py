@@ -97,7 +97,7 @@ def test_doctor_describes_a_board(tmp_path: Path) -> None:
 
 def test_doctor_looks_at_server_and_meters() -> None:
     names = {finding.name for finding in examine()}
-    assert {"onnx", "gguf", "torch", "tensorrt", "serve", "energy meter"} <= names
+    assert {"onnx", "gguf", "torch", "tensorrt", "serve", "demo", "energy meter"} <= names
 
 
 def test_a_core_install_runs_doctor_and_names_each_extra() -> None:
