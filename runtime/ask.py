@@ -54,7 +54,8 @@ def describe(measured: Timing, done: Done) -> str:
     """One line: why it ended, tokens, latencies, stages."""
     parts = [f"{done.finish}: {measured.prompt_tokens} prompt + {measured.completion_tokens} new tokens"]
     if measured.ttft_ms is not None:
-        parts.append(f"first token after {measured.ttft_ms:.1f} ms (first request after load)")
+        loaded = " (first request after load)" if done.reported is None else ""  # a server has its own past
+        parts.append(f"first token after {measured.ttft_ms:.1f} ms{loaded}")
     if measured.tpot_ms:
         parts.append(f"then {measured.tpot_ms:.2f} ms per token ({1000 / measured.tpot_ms:.0f} tokens/s)")
     stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in measured.stages_ms.items())

@@ -136,6 +136,26 @@ def test_two_people_with_different_images_at_once(chromium: Any, visits: list[An
     assert (images_of(served, "gated", 0), images_of(served, "gated", 1)) == ([red], [blue])
 
 
+def test_one_who_waits_can_stop(chromium: Any, visits: list[Any]) -> None:
+    gated = GatedBackend(FakeScript("ab"), "gated")
+    served, first = open_page(visits, chromium, gated=gated)
+    second = Visit(chromium, served.url)
+    visits.append(second)
+    first.show_image("red.png", picture("red"))
+    second.show_image("blue.png", picture("blue"))
+    first.ask("Mine?")
+    first.wait_said("a")
+    second.ask("Yours?")
+    second.wait_said("Waiting for the model …")
+    second.page.locator("#stop").click()
+    second.wait_said("Stopped before its turn came.")
+    gated.let(10)
+    first.wait_answered(1)
+    second.ask("And now?")
+    second.wait_answered(1)
+    assert len(served.watched["gated"].asked) == 2
+
+
 def test_a_closed_tab_stops_the_engine_and_the_next_is_served(chromium: Any, visits: list[Any], png: bytes) -> None:
     served, visit = open_page(visits, chromium, fake=endless())
     other = Visit(chromium, served.url)
