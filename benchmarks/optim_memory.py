@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     low = [p for name, p in made.items() if name.startswith("layers") and p.ndim == 2]
     rest = [p for p in made.values() if not any(p is other for other in low)]
     fira = Fira([{"params": low, "rank": args.rank}, {"params": rest}], lr=1e-6, betas=BETAS, settings=settings)
-    adamw = torch.optim.AdamW(list(made.values()), lr=1e-6, betas=BETAS)
+    adamw = torch.optim.AdamW(list(made.values()), lr=1e-6, betas=BETAS, fused=True)
     for p in made.values():
         p.grad = torch.randn_like(p)
     # the first steps make the states (and Fira's projectors); they are not timed

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from distill.batch import Batch
 from distill.distiller import is_sharded
 from distill.families import family
+from distill.gate import Gate
 from distill.packing import additive
-from distill.ribbon import deepstack, for_decoder
+from distill.ribbon import deepstack, for_decoder, gold_mask
 from vlm.errors import CheckpointError
 
 
@@ -44,6 +45,12 @@ def head(model: nn.Module) -> Head:
         raise CheckpointError("the language-model head has a bias; only heads without one are supported")
     text = getattr(model.config, "text_config", model.config)
     return Head(model.lm_head.weight, getattr(text, "final_logit_softcapping", None))
+
+
+def width(model: nn.Module | None) -> int:
+    """Size of a decoder's hidden states."""
+    assert model is not None
+    return int(getattr(model.config, "text_config", model.config).hidden_size)
 
 
 def image_token(model: nn.Module) -> int:
@@ -112,22 +119,32 @@ class GoldPass:
         return self.inputs.embeds_BTD
 
 
-def gold_pass(model: nn.Module, batch: Batch, keep_cache: bool) -> GoldPass:
-    """Run the decoder over the gold tokens, keeping keys and values when asked to."""
+def gold_pass(model: nn.Module, batch: Batch, keep_cache: bool, gate: Gate | None = None) -> GoldPass:
+    """Run the decoder over the gold tokens, keeping keys and values when asked to.
+
+    Args:
+        gate: attention that is held back.
+    """
     taken = inputs(model, batch)
-    packing = batch.packing
+    packing, kind = batch.packing, taken.embeds_BTD.dtype
     if packing is None:
+        mask = batch.attention_mask_BT
+        if gate is not None:
+            mask = additive(gold_mask(mask, 0), kind) + gate.bias().to(kind)
         output = decoder(model)(
             inputs_embeds=taken.embeds_BTD,
-            attention_mask=batch.attention_mask_BT,
+            attention_mask=mask,
             position_ids=for_decoder(taken.position_BT),
             use_cache=keep_cache,
             **deepstack(taken.deep),
         )
         return GoldPass(output.last_hidden_state, taken, output.past_key_values if keep_cache else None)
+    mask = additive(packing.visible(), kind)
+    if gate is not None:
+        mask = mask + gate.bias(packing).to(kind)
     output = decoder(model)(
         inputs_embeds=packing.pack(taken.embeds_BTD),
-        attention_mask=additive(packing.visible(), taken.embeds_BTD.dtype),
+        attention_mask=mask,
         position_ids=for_decoder(packing.pack(taken.position_BT)),
         use_cache=keep_cache,
         **deepstack([packing.pack(part) for part in taken.deep]),

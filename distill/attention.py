@@ -32,6 +32,7 @@ class AttentionTap:
     def __init__(self, decoder: nn.Module, layers: Iterable[int], packing: Packing | None = None) -> None:
         self._packing = packing
         self._attention = {layer: decoder.layers[layer].self_attn for layer in layers}
+        self.layers = tuple(self._attention)
         self._inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         self._handles: list[Any] = []
 
@@ -107,6 +108,35 @@ def instruction_to_vision(
     rows_BHIT = tap.rows(layer, query_BI, attention_mask_BT)
     total_BT = (rows_BHIT.mean(dim=1) * valid_BI[..., None]).sum(dim=1)
     return total_BT / counts_B.clamp(min=1)[:, None] * image_BT
+
+
+def text_to_vision(tap: AttentionTap, text_BT: Tensor, image_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """S_BT: mean over the tapped layers, their heads and the given text tokens of the attention to each visual token."""
+    found = [instruction_to_vision(tap, layer, text_BT, image_BT, attention_mask_BT) for layer in tap.layers]
+    return torch.stack(found).mean(dim=0)
+
+
+def after_images(image_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """The real tokens behind each sample's last visual token."""
+    left_BT = image_BT.flip(1).long().cumsum(dim=1).flip(1)
+    return attention_mask_BT.bool() & (left_BT == 0) & image_BT.any(dim=1, keepdim=True)
+
+
+def trajectory_of(score_BT: Tensor, image_BT: Tensor, keep: int) -> Tensor:
+    """A_traj: scores of each sample's visual tokens from 0 to 1, the largest `keep` of them, made to sum to one.
+
+    Where all scores are equal, every visual token gets the same.
+    """
+    low, high = torch.finfo(score_BT.dtype).min, torch.finfo(score_BT.dtype).max
+    most_B1 = score_BT.masked_fill(~image_BT, low).amax(dim=1, keepdim=True)
+    least_B1 = score_BT.masked_fill(~image_BT, high).amin(dim=1, keepdim=True)
+    spread_B1 = most_B1 - least_B1
+    scaled_BT = torch.where(image_BT, (score_BT - least_B1) / spread_B1.clamp(min=1e-20), 0.0)
+    kept = scaled_BT.topk(min(keep, scaled_BT.shape[1]), dim=1)
+    sharp_BT = torch.zeros_like(scaled_BT).scatter(1, kept.indices, kept.values) * image_BT
+    total_B1 = sharp_BT.sum(dim=1, keepdim=True)
+    even_BT = image_BT / image_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where((total_B1 > 0) & (spread_B1 > 0), sharp_BT / total_B1.clamp(min=1e-20), even_BT)
 
 
 def visual_weights(attention_BT: Tensor, image_BT: Tensor) -> Tensor:

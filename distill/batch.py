@@ -19,6 +19,8 @@ class Batch:
     Attributes:
         token_weight_BT: weight of each trained token in the response terms; None weighs all alike.
         packing: how samples share the decoder's rows; None gives each its own.
+        step_BT: step of a reasoning each token belongs to, 0 for none (see distill.data.rationale); None without reasonings.
+        latent_BT: latent tokens (see distill.latents); None for students without.
         key_B4: content keys of the samples (see distill.cache_key), for a teacher read from disk.
     """
 
@@ -29,6 +31,8 @@ class Batch:
     response_BT: Tensor
     pixels_NCHW: Tensor | None
     token_weight_BT: Tensor | None = None
+    step_BT: Tensor | None = None
+    latent_BT: Tensor | None = None
     key_B4: Tensor | None = None
     packing: Packing | None = None
 
@@ -42,10 +46,20 @@ class Batch:
         sample_N, place_N = self.response_BT[:, 1:].nonzero(as_tuple=True)
         return sample_N, place_N + 1
 
-    def response_tokens(self) -> Tensor:
-        """Weight of all trained tokens together (their number, where none are weighted)."""
+    def response_tokens(self, normalise: str = "weight") -> Tensor:
+        """What the response terms are divided by.
+
+        Args:
+            normalise: `weight` of all trained tokens together (their number, where none are weighted); `count` of those
+                that weigh anything; `sample`, of the samples.
+        """
         trained_BT = self.response_BT[:, 1:]
-        return trained_BT.sum() if self.token_weight_BT is None else (trained_BT * self.token_weight_BT[:, 1:]).sum()
+        if normalise == "sample":
+            return trained_BT.any(dim=1).sum()
+        if self.token_weight_BT is None:
+            return trained_BT.sum()
+        weight_BT = trained_BT * self.token_weight_BT[:, 1:]
+        return (weight_BT > 0).sum() if normalise == "count" else weight_BT.sum()
 
     def image_samples(self) -> Tensor:
         """Number of samples that have an image."""

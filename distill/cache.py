@@ -22,7 +22,7 @@ from distill.cache_key import keys_bytes, sample_key
 from distill.cache_store import Entry, Missing, Reader
 from distill.config import TrainConfig
 from distill.data import Examples
-from distill.teacher import DenseTarget, SparseTarget, Target, TeacherPass
+from distill.teacher import DenseTarget, Gaze, SparseTarget, Target, TeacherPass
 from vlm.errors import UserError
 from vlm.load import Checkpoint
 
@@ -92,6 +92,19 @@ class CachedPass:
                 whole = bool((entry.kept_J | (entry.weight_J == 0)).all())
                 weight_BT[b, image_BT[b]] = entry.weight_J if whole else kept_J / kept_J.sum()
         return weight_BT.to(self.device)
+
+    def gaze(self) -> Gaze:
+        mass_BT = torch.zeros(self.batch.image_BT.shape)
+        image_BT = self.batch.image_BT.cpu()
+        sizes = {len(entry.semantics_E) for entry in self.entries} - {0}
+        semantics_BE = torch.zeros(len(self.entries), max(sizes, default=1))
+        for b, entry in enumerate(self.entries):
+            if len(entry.semantics_E):
+                place_J = image_BT[b].nonzero()[:, 0]
+                mass_G = entry.mass_G.float()
+                mass_BT[b, place_J[entry.look_G.long()]] = mass_G / mass_G.sum()
+                semantics_BE[b] = entry.semantics_E.float()
+        return Gaze(mass_BT.to(self.device), semantics_BE.to(self.device))
 
     def rows(self, sample_R: Tensor, token_R: Tensor) -> Target:
         place_BT, _ = self._places
@@ -181,6 +194,11 @@ class Cached:
     vocabulary: int
 
     @property
+    def semantics(self) -> int:
+        """Size of the teacher's hidden states, where LaViT's signals are stored."""
+        return int(self.info["teacher_hidden"])
+
+    @property
     def layer(self) -> int:
         """Teacher layer whose attention weighted the visual tokens."""
         layer = self.info["fingerprint"]["layer"]
@@ -237,6 +255,12 @@ def _refuse_what_is_not_stored(config: TrainConfig, stored: dict[str, Any]) -> N
         )
     if "iva" in config.terms and not options["visual_share"]:
         raise UserError(f"objective {config.objective!r} needs visual rows; make {cache} with --visual_share 1")
+    lavit = config.lavit
+    if config.watches and (options.get("looks"), options.get("look_layers")) != (lavit.keep, lavit.layers):
+        raise UserError(
+            f"objective {config.objective!r} needs the teacher's gaze (the {lavit.keep} largest of the last {lavit.layers} "
+            f"layers) and {cache} holds {options.get('looks', 'none')}; make it with --objective lavit"
+        )
     if "tpa" not in config.terms:
         return
     if options["candidates"] < config.align.candidates:

@@ -22,7 +22,7 @@ from distill.batch import Batch
 from distill.cache_codec import Compression, PackedRows, compress
 from distill.cache_store import Entry
 from distill.head import chunk_rows
-from distill.teacher import DenseTarget, Target, Teacher, TeacherPass
+from distill.teacher import DenseTarget, Gaze, Target, Teacher, TeacherPass
 from vlm.errors import UserError
 from vlm.load import Checkpoint
 
@@ -37,6 +37,8 @@ class CacheOptions:
         visual_share: visual tokens with the largest weights are stored until they hold this share of it; 0 stores none.
         all_logits: store hidden states and the head once, hence all logits exactly, instead of compressed rows.
         candidates: C, fixed candidates a response position for offline TPA.
+        looks: visual tokens of the teacher's gaze kept for LaViT; 0 stores none of its signals.
+        look_layers: last layers whose attention is the gaze.
     """
 
     response: Compression = field(default_factory=lambda: Compression(64, 12, 1e-4))
@@ -44,6 +46,15 @@ class CacheOptions:
     visual_share: float = 1.0
     all_logits: bool = False
     candidates: int = 0
+    looks: int = 0
+    look_layers: int = 8
+
+    def to_json(self) -> dict[str, Any]:
+        """What a cache's fingerprint says of it: of LaViT's signals nothing where there are none."""
+        value = asdict(self)
+        if not self.looks:
+            del value["looks"], value["look_layers"]
+        return value
 
     def __post_init__(self) -> None:
         if not 0 <= self.visual_share <= 1:
@@ -81,13 +92,15 @@ def fingerprint(
         "temperature": "any" if free else temperature,
         "layer": layer if options.visual_share else "none",
         "vocabulary": "any" if free else vocabulary,
-        "options": asdict(options),
+        "options": options.to_json(),
     }
 
 
 def seen_as(checkpoint: Checkpoint) -> dict[str, str]:
     """The parts that decide how text and images become what a model is shown."""
-    vocabulary = checkpoint.tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    own = set(checkpoint.tokenizer.spec.latent_token_ids)
+    known = checkpoint.tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    vocabulary = {token: number for token, number in known.items() if number not in own}
     return {
         "tokenizer": _hash(sorted(vocabulary.items(), key=lambda item: item[1])),
         "template": _hash(checkpoint.tokenizer.spec.template),
@@ -155,6 +168,7 @@ class Builder:
         made = []
         for b, key in enumerate(keys):
             image_T = batch.image_BT[b]
+            looked = _looked(seen.gaze(), b, image_T) if options.looks else {}
             made.append(
                 Entry(
                     key,
@@ -163,6 +177,7 @@ class Builder:
                     kept_BT[b, image_T].cpu() if options.visual_share else torch.zeros(0, dtype=torch.bool),
                     ids_NC[sample_N == b].cpu(),
                     self._rows(key, [(target.hidden_RE[at == b], target.head, how) for target, at, how in blocks]),
+                    **looked,
                 )
             )
         return made
@@ -207,6 +222,19 @@ class Builder:
                 packed.append(compress(logits_RV, ribbon.uniforms(ribbon.mix(key_R), 1)[:, 0], how, self.temperature))
                 done += len(logits_RV)
         return PackedRows.join(packed)
+
+
+def _looked(gaze: Gaze, b: int, image_T: Tensor) -> dict[str, Tensor]:
+    """LaViT's signals of one sample as an Entry keeps them; nothing for one without an image."""
+    mass_J = gaze.mass_BT[b, image_T]
+    look_G = mass_J.nonzero()[:, 0]
+    if not image_T.any():
+        return {}
+    return {
+        "look_G": look_G.to(torch.int32).cpu(),
+        "mass_G": mass_J[look_G].half().cpu(),
+        "semantics_E": gaze.semantics_BE[b].half().cpu(),
+    }
 
 
 def largest(weight_BT: Tensor, share: float) -> Tensor:

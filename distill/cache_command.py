@@ -38,7 +38,8 @@ command goes on; more data can be added to the same folder. Held-out samples tha
   --json              print the result as one JSON line at the end
 
 Of the options of train these decide what is stored: teacher, teacher_device, teacher_dtype, teacher_load, student (for
-the vocabulary both share and the measured error), the data, align.temperature, align.iva_layer (-1: by IRS).
+the vocabulary both share and the measured error), the data, align.temperature, align.iva_layer (-1: by IRS), and an
+objective with lavit, for which the teacher's gaze and image semantics are stored too.
 
 examples:
   python -m distill cache --preset digits --out caches/digits
@@ -68,8 +69,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     request = parse(list(argv), "cache", EXTRAS)
     extra = request.extra
-    options, shard = _options(extra), _shard(str(extra["shard"]))
     configs = [stage.config for stage in request.stages]
+    # stages share the cache: what one of them needs is stored for all
+    watching = next((config for config in configs if config.watches), configs[0])
+    options, shard = _options(extra, watching), _shard(str(extra["shard"]))
     for config in configs:
         _refuse(config)
     if configs[0].out == NEW_RUN:
@@ -99,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _options(extra: dict[str, Any]) -> CacheOptions:
+def _options(extra: dict[str, Any], config: TrainConfig) -> CacheOptions:
     from distill.cache_build import CacheOptions
     from distill.cache_codec import Compression
 
@@ -110,6 +113,7 @@ def _options(extra: dict[str, Any]) -> CacheOptions:
         extra["visual_share"],
         extra["all_logits"],
         extra["candidates"],
+        *((config.lavit.keep, config.lavit.layers) if config.watches else ()),
     )
 
 

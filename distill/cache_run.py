@@ -26,10 +26,11 @@ from distill.cache_key import sample_key
 from distill.cache_store import FORMAT, HEAD, INFO, Entry, Reader, Writer, read_info
 from distill.config import LossWeights, TrainConfig
 from distill.data import Collator, Examples, to_batch
+from distill.methods import LavitOptions
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
 from distill.placement import Placed, place
-from distill.train import Run, load_run
+from distill.run import Run, load_run
 from vlm.console import Progress, note
 from vlm.errors import UserError
 from vlm.files import sha256_file, write_atomic
@@ -132,7 +133,9 @@ class Work:
         return Collator(self.run.student_source.tokenizer.spec.pad_token_id, keys=True)
 
     def builder(self) -> Builder:
-        live = self.placed.teacher(self.config.align, self.layer)
+        options = self.options
+        looks = LavitOptions(keep=options.looks, layers=options.look_layers) if options.looks else None
+        live = self.placed.teacher(self.config.align, self.layer, looks)
         token = access.image_token(self.placed.model)
         return Builder(live, self.options, self.config.align.temperature, self.vocabulary, token)
 
@@ -166,7 +169,7 @@ def build(config: TrainConfig, options: CacheOptions, shard: tuple[int, int], dr
     if config.threads:
         torch.set_num_threads(config.threads)
     if (config.out / INFO).is_file():  # refuse a mismatch that shows before the teacher is loaded
-        check(config.out, read_info(config.out)["fingerprint"], {"options": dataclasses.asdict(options)})
+        check(config.out, read_info(config.out)["fingerprint"], {"options": options.to_json()})
     work = _load(config, options)
     print_ = work.fingerprint()
     builder = work.builder()
@@ -188,7 +191,9 @@ def build(config: TrainConfig, options: CacheOptions, shard: tuple[int, int], dr
 
 def _load(config: TrainConfig, options: CacheOptions) -> Work:
     # sft: the run loads student and data and leaves the teacher to us
-    run = load_run(dataclasses.replace(config, objective="sft", batch_size=1, weights=LossWeights()))
+    run = load_run(
+        dataclasses.replace(config, objective="sft", batch_size=1, weights=LossWeights(), lavit=LavitOptions())
+    )
     teacher = run.teacher_source or open_checkpoint(presets.digits_teacher())
     vocabulary = shared_vocabulary(teacher, run.student_source)
     if options.candidates >= vocabulary:
@@ -281,6 +286,7 @@ def _open(work: Work, made_with: dict[str, Any], measured: Measured) -> None:
         "format": FORMAT,
         "fingerprint": made_with,
         "teacher": work.teacher.directory.name,
+        "teacher_hidden": access.width(work.placed.model),
         "soft_cap": head.soft_cap,
         "irs": None if work.scores is None else work.scores.to_json(),
         "measured": dataclasses.asdict(measured),

@@ -20,7 +20,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ FORMAT = "teacher-cache/1"
 PART_BYTES = 64 << 20
 PACKED = {"count": "count_R", "negentropy": "negentropy_R", "low": "low_M", "high": "high_M", "code": "code_M"}
 # what a part holds of each sample, one after the other
-ARRAYS = ("weight", "kept", "candidate", "hidden", *PACKED)
+LOOKS = {"look": "look_G", "mass": "mass_G", "semantics": "semantics_E"}
+ARRAYS = ("weight", "kept", "candidate", *LOOKS, "hidden", *PACKED)
 
 
 class Missing(DataError):
@@ -54,6 +55,9 @@ class Entry:
         kept_J: visual tokens whose distribution is stored, bool.
         candidate_NC: stored candidates of every response position.
         rows: distributions: PackedRows, or hidden_RE.
+        look_G, mass_G: the visual tokens the teacher looks at most, and their share of it, float16; empty where LaViT's
+            signals were not stored.
+        semantics_E: mean of its last hidden states at the image, float16.
     """
 
     key: bytes
@@ -62,6 +66,9 @@ class Entry:
     kept_J: Tensor
     candidate_NC: Tensor
     rows: PackedRows | Tensor
+    look_G: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    mass_G: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float16))
+    semantics_E: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float16))
 
     def arrays(self) -> dict[str, Tensor]:
         """Everything but the key, flat."""
@@ -71,6 +78,9 @@ class Entry:
             "weight": self.weight_J.float(),
             "kept": self.kept_J.to(torch.uint8),
             "candidate": self.candidate_NC.to(torch.int32).flatten(),
+            "look": self.look_G.to(torch.int32),
+            "mass": self.mass_G.to(torch.float16),
+            "semantics": self.semantics_E.to(torch.float16),
             **({"hidden": rows} if isinstance(rows, Tensor) else packed),
         }
 
@@ -271,6 +281,7 @@ class Reader:
             weight_J=slices["weight"],
             kept_J=slices["kept"].bool(),
             candidate_NC=slices["candidate"].to(torch.long).reshape(shape),
+            **{field: slices[name] for name, field in LOOKS.items() if name in slices},
             rows=slices["hidden"] if "hidden" in slices else PackedRows(**{f: slices[n] for n, f in PACKED.items()}),
         )
 

@@ -20,7 +20,7 @@ from distill.check_parts import DataFigures, Finding, TokenRow
 from distill.check_steps import Disk, Gradients, Memory, Point
 from distill.cli import AS_JSON, Extra, parse
 from distill.config import TrainConfig
-from distill.data import Collator, Example, Examples, to_batch
+from distill.data import Example, Examples, to_batch
 from distill.objective import Objective
 from distill.stages import START_FIELDS
 from vlm.console import note, print_json
@@ -175,7 +175,7 @@ def check_stage(name: str, config: TrainConfig, blind_samples: int, notes: tuple
 
     drawn, longest, lengths = _draw(run.data.train, config.seed)
     has_images = any(example.pixels for example in drawn)
-    objective, layer_note = _objective(run, collate)
+    objective, layer_note = _objective(run)
     tokenizer = run.student_source.tokenizer
     typical = next((example for example in drawn if example.pixels), drawn[0])
     found = check_parts.alignment_findings(typical, tokenizer, "iva" in config.terms)
@@ -186,7 +186,7 @@ def check_stage(name: str, config: TrainConfig, blind_samples: int, notes: tuple
     gradients = Gradients()
     if config.fira.per_layer:
         gradients.watch(run.student)
-    step = check_steps.stepper(config, run.student, objective, _optimizer(config, run), gradients)
+    step = check_steps.stepper(config, run.student, objective, _optimizer(config, run, objective), gradients)
     with_images_first = sorted(longest, key=lambda example: not example.pixels)
     steps = _Steps(config, step, batch_of, with_images_first, drawn, memory)
     points, stopped, terms, times = steps.run()
@@ -231,25 +231,25 @@ def _draw(examples: Examples, seed: int) -> tuple[list[Example], list[Example], 
     return drawn, [examples[int(i)] for i in np.argsort(-counted, kind="stable")[:DRAWN]], counted.tolist()
 
 
-def _objective(run: Run, collate: Collator) -> tuple[Objective, tuple[str, ...]]:
+def _objective(run: Run) -> tuple[Objective, tuple[str, ...]]:
     from distill import train
 
     config, layer = run.config, max(run.config.align.iva_layer, 0)
     notes: tuple[str, ...] = ()
     if run.teacher is not None and "iva" in config.terms and config.align.iva_layer < 0:
         pairs = min(IRS_PAIRS, config.align.irs_pairs)
-        layer = irs.layer_scores(run.teacher, run.data.train, pairs, collate).best
+        layer = irs.layer_scores(run.teacher, run.data.train, pairs, run.plain()).best
         notes = (f"IVA layer {layer}, chosen here over {pairs} pairs (training: {config.align.irs_pairs})",)
     if run.cached is not None:
         notes = ("the teacher is read from its cache, so its own use of the images is not tested",)
     align = train.recomputed(run)
-    return Objective(config.terms, config.weights, align, run.asked(align, layer), run.vocabulary), notes
+    return run.objective(align, layer), notes
 
 
-def _optimizer(config: TrainConfig, run: Run) -> torch.optim.Optimizer:
+def _optimizer(config: TrainConfig, run: Run, objective: Objective) -> torch.optim.Optimizer:
     from distill.optimizers import build_optimizer
 
-    return build_optimizer(config, run.student)
+    return build_optimizer(config, run.student, objective.extra_parameters())
 
 
 @dataclass

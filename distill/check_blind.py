@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill import visual
+from distill import latents, visual
 from distill.batch import Batch, Normaliser
 from distill.check_parts import Finding
 from distill.data import Example
@@ -81,14 +81,16 @@ def gains(
         right, wrong = batch_of([own], device), batch_of([other], device)
         ours = objective(student, right, Normaliser.of(right))[1]
         # the teacher's answer to the right image is the target in both
-        fixed = objective.teacher and OnRightImages(objective.teacher, right)
-        blind = Objective(objective.terms, objective.weights, objective.align, fixed, objective.vocabulary)
+        fixed = objective.teacher and OnRightImages(objective.teacher, latents.plain(right))
+        blind = Objective(
+            objective.terms, objective.weights, objective.align, fixed, objective.vocabulary, objective.lavit
+        )
         theirs = blind(student, wrong, Normaliser.of(wrong))[1]
         for term, value in ours.items():
             values.setdefault(("student", term), []).append((float(value), float(theirs[term])))
         if teacher is not None:
             place = computes_on(teacher)
-            costs = [float(visual.answers(teacher, batch_of([seen], place))[0]) for seen in (own, other)]
+            costs = [float(visual.answers(teacher, latents.plain(batch_of([seen], place)))[0]) for seen in (own, other)]
             values.setdefault(("teacher", "sft"), []).append((costs[0], costs[1]))
     student.train(was_training)
     return [_gain(who, term, pairs) for (who, term), pairs in values.items()]

@@ -27,6 +27,7 @@ from vlm.files import atomic_dir, fsync_path, read_json, write_atomic
 COMPLETE = "complete"
 SCORE = "score.json"
 ADAPTER = "trained.safetensors"
+EXTRA = "beside.safetensors"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -150,6 +151,22 @@ def read_student(student: Any, directory: Path) -> dict[str, Tensor]:
 def load_student(student: nn.Module, directory: Path) -> None:
     """Put saved weights into a student that is not sharded."""
     student.load_state_dict(read_student(student, directory), strict=not is_adapted(student))
+
+
+def save_extra(extra: nn.Module | None, directory: Path) -> None:
+    """Write what is trained beside a student; a student's own files do not know of it."""
+    if extra is not None:
+        from safetensors.torch import save_file
+
+        save_file({name: value.contiguous().cpu() for name, value in extra.state_dict().items()}, directory / EXTRA)
+
+
+def load_extra(extra: nn.Module | None, directory: Path) -> None:
+    """Put what `save_extra` wrote back; a kept best student comes without."""
+    if extra is not None and (directory / EXTRA).is_file():
+        from safetensors.torch import load_file
+
+        extra.load_state_dict(load_file(directory / EXTRA))
 
 
 @dataclass(frozen=True)

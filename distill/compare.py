@@ -267,7 +267,11 @@ def _step_times(plan: Plan, lrs: dict[str, float], rounds: int = 15) -> dict[str
             return seconds
     from distill.steptime import measure
 
-    fresh = {name: dataclasses.replace(variant(plan.preset, name), threads=1) for name in plan.objectives}
+    # a student that has to be made first needs a place
+    fresh = {
+        name: dataclasses.replace(variant(plan.preset, name), threads=1, out=plan.out / f"time-{_folder(name)}")
+        for name in plan.objectives
+    }
     trained = {
         name: dataclasses.replace(config, student=str(_sweep_config(plan, name, lrs[name]).out / "student"))
         for name, config in fresh.items()

@@ -68,7 +68,7 @@ def assemble(parts: Parts, out: Path, teacher: Checkpoint | None = None) -> Path
         "assembled": {name: str(value) for name, value in dataclasses.asdict(parts).items()},
         "teacher": None if teacher is None else str(teacher.directory),
     }
-    return _once(out, recipe, lambda: _assemble(parts, out, teacher, recipe))
+    return once(out, recipe, lambda: _assemble(parts, out, teacher, recipe))
 
 
 def shorten(source: Checkpoint, layers: int, out: Path, processor: Any) -> Path:
@@ -81,10 +81,10 @@ def shorten(source: Checkpoint, layers: int, out: Path, processor: Any) -> Path:
         with atomic_dir(out) as work:
             save_checkpoint(model, processor, work, {"objective": "shortened", **recipe})
 
-    return _once(out, recipe, write)
+    return once(out, recipe, write)
 
 
-def _once(out: Path, recipe: dict[str, Any], write: Callable[[], None]) -> Path:
+def once(out: Path, recipe: dict[str, Any], write: Callable[[], None]) -> Path:
     """Several processes of one run all ask; the first one writes, the others wait for its lock and find it done."""
 
     def done() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from distill.methods import FiraOptions, Optim, check_fira
+from distill.methods import FiraOptions, KpodOptions, LavitOptions, Optim, Tokens, check_fira, check_kpod, check_lavit
 from distill.methods import Lora as Lora
 from vlm.errors import UserError
 
@@ -20,12 +20,16 @@ Layout = Literal["cached", "appended", "interleaved"]
 Sampling = Literal["multinomial", "distinct", "top-k"]
 
 TERMS = ("sft", "kd", "iva", "tpa")
+LATENT_TERMS = ("concept", "traj")
 OBJECTIVES = {
     "sft": ("sft",),
     "kd": ("sft", "kd"),
     "kd+iva": ("sft", "kd", "iva"),
     "kd+tpa": ("sft", "kd", "tpa"),
     "align-ti": TERMS,
+    "lavit": ("sft", *LATENT_TERMS),
+    "kd+lavit": ("sft", "kd", *LATENT_TERMS),
+    "align-ti+lavit": (*TERMS, *LATENT_TERMS),
 }
 
 
@@ -42,12 +46,16 @@ class LossWeights:
         kd: KL to the teacher on the response.
         iva: KL at visual tokens, weighted by the teacher's instruction-to-vision attention.
         tpa: KL one step after student-sampled candidates.
+        concept: cosine distance of the last latent to what the teacher sees (LaViT; its paper's weight).
+        traj: KL of where latents look to where the teacher looks (LaViT; its paper's weight).
     """
 
     sft: float = 1.0
     kd: float = 1.0
     iva: float = 1.0
     tpa: float = 1.0
+    concept: float = 0.3
+    traj: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -144,16 +152,17 @@ class TrainConfig:
         student_layers: keep so many decoder layers (first, last, evenly between) of the student, of the llm, or of the
             teacher if no student is named; 0 keeps all.
         data: JSON or JSON-lines file, parquet file, folder or pattern of shards (parquet, tar, jsonl), saved data set,
-            or hf:ORG/NAME[:SPLIT]; LLaVA, ShareGPT or HF messages.
+            or hf:ORG/NAME[:SPLIT]; LLaVA, ShareGPT, HF messages or rationales.
         images: folder the data's image paths are relative to.
-        format: layout of the records; auto looks at the first of them.
+        format: layout of the records; auto looks at the first of them. With the preset alone, rationale makes its answers
+            say their steps first.
         on_bad_image: refuse a data set with missing or damaged images, or skip those records (listed in OUT).
         check_images: open every image before training, or only see that the files exist.
         eval_data: data set for evaluation, read like data.
         holdout: records of the data kept out of training for evaluation, chosen by content.
         group_by_length: put records of similar length into one batch (data sets only).
         streaming: read an hf: data set or parquet files row by row, without a copy on this disk.
-        objective: one of sft, kd, kd+iva, kd+tpa, align-ti.
+        objective: one of sft, kd, kd+iva, kd+tpa, align-ti, lavit, kd+lavit, align-ti+lavit.
         out: run directory, the student is written to OUT/student; the default makes a new dated folder under runs/.
         resume: go on from the last complete checkpoint in OUT, with the options stored there.
         steps: optimiser steps.
@@ -193,6 +202,10 @@ class TrainConfig:
         weights: weights of the loss terms.
         align: settings of the distillation terms.
         fira: settings of the low-rank optimiser.
+        tokens: how much each response token counts.
+        schedule: kpod learns rationales from their last steps backwards.
+        kpod: settings of the weights and the schedule.
+        lavit: settings of the latent tokens and their terms.
     """
 
     preset: Literal["digits", "none"] = "none"
@@ -208,7 +221,7 @@ class TrainConfig:
     student_layers: int = 0
     data: Path | None = None
     images: Path | None = None
-    format: Literal["auto", "llava", "sharegpt", "messages"] = "auto"
+    format: Literal["auto", "llava", "sharegpt", "messages", "rationale"] = "auto"
     on_bad_image: Literal["stop", "skip"] = "stop"
     check_images: Literal["decode", "exists"] = "decode"
     eval_data: Path | None = None
@@ -253,6 +266,10 @@ class TrainConfig:
     weights: LossWeights = field(default_factory=LossWeights)
     align: Align = field(default_factory=Align)
     fira: FiraOptions = field(default_factory=FiraOptions)
+    tokens: Tokens = field(default_factory=Tokens)
+    schedule: Literal["none", "kpod"] = "none"
+    kpod: KpodOptions = field(default_factory=KpodOptions)
+    lavit: LavitOptions = field(default_factory=LavitOptions)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|same|cpu|cuda(:\d+)?", self.teacher_device):
@@ -289,6 +306,10 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
         check_fira(self.optim, self.fira, self.accumulate, self.max_grad_norm, self.fsdp, self.lora.r)
+        check_kpod(self.tokens, self.schedule, self.kpod, self.streaming)
+        check_lavit(self.has_latents, self.lavit, self.fsdp, self.gradient_checkpointing)
+        if self.has_latents and "tpa" in self.terms and self.align.layout != "cached":
+            raise UserError(f"objective {self.objective}: the gate needs align.layout cached, got {self.align.layout}")
         if (self.llm is None) != (self.vision_tower is None):
             raise UserError("an assembled student needs both --vision_tower and --llm (a LLaVA checkpoint has a tower)")
         if self.llm is not None and self.student is not None:
@@ -310,7 +331,22 @@ class TrainConfig:
             raise UserError(f"warmup is a share of the steps, from 0 to below 1, got {self.warmup}")
         if not self.terms:
             raise UserError(f"every term of objective {self.objective!r} has weight 0; nothing would be trained")
+        self._check_data()
+        if self.visual_samples < 2:
+            raise UserError(
+                f"visual_samples {self.visual_samples}: two samples at least are needed to swap their images"
+            )
+        if self.final == "best" and (self.keep_best == "none" or not self.eval_every):
+            raise UserError("final best needs held-out figures; add --eval_every N and a keep_best other than none")
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise UserError(f"report_to {name!r} is unknown; choose from {', '.join(LOGGERS)}, or none")
+
+    def _check_data(self) -> None:
+        """Refuse options about data that do not go together."""
         needs_data = {"images": None, "format": "auto", "eval_data": None, "holdout": 0, "streaming": False}
+        if self.preset == "digits" and self.format == "rationale":  # the preset can say its reasoning
+            needs_data.pop("format")
         for name, unset in needs_data.items():
             if self.data is None and getattr(self, name) != unset:
                 raise UserError(f"{name} {str(getattr(self, name))!r} without data; add --data F")
@@ -323,15 +359,6 @@ class TrainConfig:
             )
         if self.augment and self.data is not None:
             raise UserError("augment applies to the preset's scans only; drop it or --data")
-        if self.visual_samples < 2:
-            raise UserError(
-                f"visual_samples {self.visual_samples}: two samples at least are needed to swap their images"
-            )
-        if self.final == "best" and (self.keep_best == "none" or not self.eval_every):
-            raise UserError("final best needs held-out figures; add --eval_every N and a keep_best other than none")
-        for name in self.loggers:
-            if name not in LOGGERS:
-                raise UserError(f"report_to {name!r} is unknown; choose from {', '.join(LOGGERS)}, or none")
 
     @property
     def clip_norm(self) -> float:
@@ -351,6 +378,16 @@ class TrainConfig:
     def terms(self) -> tuple[str, ...]:
         """The loss terms of the objective whose weight is not zero."""
         return tuple(term for term in OBJECTIVES[self.objective] if getattr(self.weights, term) != 0)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the student is given latent tokens."""
+        return "concept" in OBJECTIVES[self.objective]
+
+    @property
+    def watches(self) -> bool:
+        """Whether a term needs to know where the teacher looks."""
+        return bool({*LATENT_TERMS} & {*self.terms})
 
     @property
     def needs_teacher(self) -> bool:

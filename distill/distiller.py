@@ -17,11 +17,14 @@ class Distiller(nn.Module):
     DDP reduces gradients and FSDP unshards weights. Here the whole of it is one forward pass of one module: DDP sees
     every use of a parameter, and FSDP keeps embeddings and head, which belong to the root, unsharded until it ends.
     The teacher stays outside: it is neither wrapped nor saved.
+
+    Args:
+        extra: what is trained beside the student and dropped with the run.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, extra: nn.Module | None = None) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.extra = student, extra
         names = {type(module).__name__ for module in student.modules()}
         # what FSDP shards one by one; the rest belongs to the root
         self._no_split_modules = sorted(names & set(_indivisible(student)))

@@ -10,6 +10,7 @@ from torch import nn
 
 from distill import access, processes
 from distill.data import Collator, Examples, batches
+from distill.generate import concludes
 from distill.objective import Batch, Normaliser, Objective, gold_pass
 from vlm.score import bootstrap_interval
 
@@ -28,19 +29,21 @@ def greedy_matches(model: nn.Module, examples: Examples, n: int, collate: Collat
     """Per example: would greedy decoding give exactly the reference answer, end of turn included?
 
     Greedy decoding reproduces the reference exactly when each reference token is the most likely one after the
-    reference prefix, so one forward pass decides it. With several processes each takes its share of the batches.
+    reference prefix, so one forward pass decides it. Of answers with a reasoning only the conclusion must be the
+    reference's, so those are decoded. With several processes each takes its share of the batches.
     """
     was_training = model.training
     model.eval()
     mine: list[list[bool]] = []
     for batch, counts in _turns(model, examples, n, collate, size):
-        matches = _matches(model, batch)
-        mine += [matches] if counts else []
+        found = matches(model, batch) if batch.step_BT is None else concludes(model, batch)
+        mine += [found] if counts else []
     model.train(was_training)
-    return [match for matches in processes.in_order(processes.gather(mine)) for match in matches]
+    return [match for part in processes.in_order(processes.gather(mine)) for match in part]
 
 
-def _matches(model: nn.Module, batch: Batch) -> list[bool]:
+def matches(model: nn.Module, batch: Batch) -> list[bool]:
+    """Per sample: is every response token the likeliest one after the reference prefix?"""
     hidden_BTD = gold_pass(model, batch, keep_cache=False).hidden_BTD
     sample_N, place_N = batch.response_places()
     head = access.head(model)
@@ -55,8 +58,7 @@ def _matches(model: nn.Module, batch: Batch) -> list[bool]:
 
 
 def accuracy(model: nn.Module, examples: Examples, n: int, collate: Collator) -> Accuracy:
-    matches = greedy_matches(model, examples, n, collate)
-    scores = [float(match) for match in matches]
+    scores = [float(match) for match in greedy_matches(model, examples, n, collate)]
     return Accuracy(sum(scores) / len(scores), len(scores), bootstrap_interval(scores))
 
 

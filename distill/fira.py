@@ -9,7 +9,7 @@ For a matrix W (m x n, m <= n, else transposed) with gradient G:
     S is shortened to `limit` times its last length where it is longer
     W <- (1 - lr decay) (W - lr (scale P N + S))
 
-All else (vectors, embeddings, matrices no larger than the rank) is torch's own AdamW.
+All else (vectors, embeddings, matrices no larger than the rank) is torch's own fused AdamW.
 
 Shape legend: m = shorter side, n = longer side, r = rank.
 """
@@ -118,7 +118,7 @@ class Fira(torch.optim.Optimizer):
         for p in members:
             if not self.state[p]:
                 self.state[p] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=p.device),
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
@@ -130,6 +130,7 @@ class Fira(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
+            fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -151,13 +152,14 @@ class Fira(torch.optim.Optimizer):
         state["step"] += 1
         projector_mr = state[PROJECTOR].to(gradient_mn.dtype)
         low_rn = projector_mr.T @ gradient_mn
-        normed_rn = _adam(state, low_rn, group)
-        update_mn = projector_mr @ normed_rn
-        update_mn *= self.settings.scale
+        inside_rn = _adam(state, low_rn, group).mul_(self.settings.scale)
+        factor_n = None
         # in the whole space nothing is left
         if self.settings.residual != "none" and projector_mr.shape[1] < projector_mr.shape[0]:
-            update_mn += self._residual(state, gradient_mn, projector_mr, low_rn, normed_rn)
-        p.add_((update_mn.T if turned else update_mn).to(p.dtype), alpha=-group["lr"])
+            factor_n, share = self._residual(state, gradient_mn, projector_mr, low_rn, inside_rn)
+            # S = (G - a P R) factor: its second half goes into the product that is needed anyway
+            inside_rn -= low_rn * (share * factor_n)
+        _apply(p.T if turned else p, gradient_mn, projector_mr, inside_rn, factor_n, group["lr"])
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
 
@@ -183,24 +185,26 @@ class Fira(torch.optim.Optimizer):
         return range_finder(gradient_mn, rank, generator)
 
     def _residual(
-        self, state: dict[str, Any], gradient_mn: Tensor, projector_mr: Tensor, low_rn: Tensor, normed_rn: Tensor
-    ) -> Tensor:
-        """S of the module's docstring, limited."""
+        self, state: dict[str, Any], gradient_mn: Tensor, projector_mr: Tensor, low_rn: Tensor, inside_rn: Tensor
+    ) -> tuple[Tensor, float]:
+        """(phi with the limiter, by column; a of S = (G - a P R) phi).
+
+        Args:
+            inside_rn: scale N.
+        """
         settings = self.settings
-        inside = settings.scale if settings.residual == "release" else 1.0
-        rest_mn = torch.addmm(gradient_mn, projector_mr, low_rn, alpha=-inside)
+        share = settings.scale if settings.residual == "release" else 1.0
         axis = 0 if settings.scaling == "column" else None
-        low, normed = (torch.linalg.vector_norm(t, dim=axis) for t in (low_rn, normed_rn))
-        rest_mn *= torch.where(low > torch.finfo(low.dtype).tiny, normed / low, 0.0)
-        norm, before = torch.linalg.vector_norm(rest_mn), state[NORM]
+        low, normed = (torch.linalg.vector_norm(t, dim=axis) for t in (low_rn, inside_rn))
+        phi = torch.where(low > torch.finfo(low.dtype).tiny, normed / (settings.scale * low), 0.0)
+        norm, before = _norm(gradient_mn, projector_mr, low_rn, share, phi, state), state[NORM]
         if settings.limit:
             # before the first step there is nothing to compare with
             allowed = torch.where(before > 0, settings.limit * before, norm)
-            factor = torch.where(norm > allowed, allowed / norm, 1.0)
-            rest_mn *= factor
-            norm = norm * factor
+            shorter = torch.where(norm > allowed, allowed / norm, 1.0)
+            phi, norm = phi * shorter, norm * shorter
         state[NORM] = norm
-        return rest_mn
+        return phi.expand(gradient_mn.shape[1]), share
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As saved: the base class would cast what is kept in another type than its parameter."""
@@ -209,13 +213,39 @@ class Fira(torch.optim.Optimizer):
         for number, saved in state_dict["state"].items():
             p = members[number]
             for name, value in saved.items():
-                if isinstance(value, Tensor) and name != "step":
+                if isinstance(value, Tensor):
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors."""
         held = (value for state in self.state.values() for value in state.values())
         return sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor))
+
+
+def _norm(
+    gradient_mn: Tensor, projector_mr: Tensor, low_rn: Tensor, share: float, phi: Tensor, state: dict[str, Any]
+) -> Tensor:
+    """|(G - a P R) phi|, without forming it where P is orthonormal to the precision of the numbers."""
+    if state[PROJECTOR].dtype != gradient_mn.dtype:
+        return torch.linalg.vector_norm(torch.addmm(gradient_mn, projector_mr, low_rn, alpha=-share) * phi)
+    gradient_n, low_n = (torch.linalg.vector_norm(t, dim=0).square() for t in (gradient_mn, low_rn))
+    return (phi.square() * (gradient_n + (share**2 - 2 * share) * low_n).clamp(min=0)).sum().sqrt()
+
+
+def _apply(
+    p_mn: Tensor, gradient_mn: Tensor, projector_mr: Tensor, inside_rn: Tensor, factor_n: Tensor | None, lr: float
+) -> None:
+    """p <- p - lr (P inside + G factor)."""
+    if p_mn.dtype == gradient_mn.dtype:
+        p_mn.addmm_(projector_mr, inside_rn, alpha=-lr)
+        if factor_n is not None:
+            p_mn.addcmul_(gradient_mn, factor_n, value=-lr)
+        return
+    # rounded once only
+    update_mn = projector_mr @ inside_rn
+    if factor_n is not None:
+        update_mn.addcmul_(gradient_mn, factor_n)
+    p_mn.add_(update_mn.to(p_mn.dtype), alpha=-lr)
 
 
 def _adam(state: dict[str, Any], low_rn: Tensor, group: dict[str, Any]) -> Tensor:

@@ -86,6 +86,71 @@ def check_fira(optim: Optim, fira: FiraOptions, accumulate: int, max_grad_norm: 
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """How much each response token counts.
+
+    Attributes:
+        weights: kpod learns them from rationales: how much a token of the reasoning matters to the answer.
+        normalise: the response terms are divided by the weight of all tokens, by their number, or by the samples (the
+            paper's sums over tokens).
+    """
+
+    weights: Literal["none", "kpod"] = "none"
+    normalise: Literal["weight", "count", "sample"] = "weight"
+
+
+@dataclass(frozen=True)
+class KpodOptions:
+    """KPOD (arXiv 2405.16064): weights of reasoning tokens, and a schedule from their last steps backwards.
+
+    Attributes:
+        alpha: price of a kept token while the weights are learned.
+        prefixes: of a rationale, drawn a step for the answer to be predicted from.
+        weigher_steps: steps the weigher is trained for, before the student is.
+        weigher_batch: rationales a step of it.
+        weigher_lr: its learning rate.
+        predictor_rank: the student's copy that predicts answers learns through adapters of this rank; 0 trains all of it.
+        predictor_lr: its learning rate.
+        floor: smallest weight, so that no token is left to chance.
+        stages: T, stages until whole rationales are learned; 0 means half the epochs, at least 4.
+        until: share of the steps after which whole rationales are learned.
+        start: C0, share of all difficulty that is learned from the first stage on.
+        growth: p, how fast the rest follows.
+        diversity: beta, how much a stage prefers samples of different clusters.
+        clusters: of questions, by their mean embedding.
+    """
+
+    alpha: float = 0.5
+    prefixes: int = 4
+    weigher_steps: int = 300
+    weigher_batch: int = 16
+    weigher_lr: float = 1e-3
+    predictor_rank: int = 16
+    predictor_lr: float = 5e-4
+    floor: float = 0.05
+    stages: int = 0
+    until: float = 0.5
+    start: float = 0.3
+    growth: float = 0.5
+    diversity: float = 12.0
+    clusters: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("prefixes", "weigher_steps", "weigher_batch", "clusters"):
+            if getattr(self, name) < 1:
+                raise UserError(f"kpod.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("alpha", "predictor_rank", "stages", "growth", "diversity"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"kpod.{name} must be 0 or more and finite, got {getattr(self, name)}")
+        for name in ("weigher_lr", "predictor_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"kpod.{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("floor", "start", "until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"kpod.{name} is a share from 0 to 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class Lora:
     """Low-rank adapters; they and the projector train, everything else stays fixed.
 
@@ -112,3 +177,75 @@ class Lora:
             raise UserError(f"lora.dropout is a share from 0 to below 1, got {self.dropout}")
         if not self.r and (self.dropout or self.targets != "auto" or self.vision):
             raise UserError("lora options without a rank; add --lora.r 16 or drop them")
+
+
+def check_kpod(tokens: Tokens, schedule: str, kpod: KpodOptions, streaming: bool) -> None:
+    """Refuse settings of a run that do not go together.
+
+    Raises:
+        UserError: says which, and what to set.
+    """
+    if tokens.weights != "kpod" and schedule != "kpod":
+        if kpod != KpodOptions():
+            raise UserError(
+                "kpod options without its weights or schedule; add --tokens.weights kpod or --schedule kpod"
+            )
+        return
+    if streaming:
+        raise UserError("kpod looks at every rationale before training; drop --streaming")
+
+
+@dataclass(frozen=True)
+class LavitOptions:
+    """LaViT (arXiv 2601.10129): latent tokens before the answer that look where the teacher looks.
+
+    Attributes:
+        latents: K, special tokens the student says before every answer.
+        layers: last decoder layers of either model whose attention is the gaze.
+        keep: visual tokens with the largest gaze that are kept of the teacher's.
+        pool: which latent's hidden state is compared with the teacher's image: the last one's, or their mean.
+        traj: where the student's gaze comes from: attention (paper), or a small trained head (published code).
+        reduction: the divergences of the latents are averaged or, as in the paper, added up.
+        gate: attention from text to the image is opened slowly (cosine), at once (hard), or never closed (none).
+        gate_share: share of the steps until it is open.
+        gate_floor: the factor on attention odds it starts with.
+        gate_prompt: close it for the question and the template too; otherwise the image reaches the answer through them.
+    """
+
+    latents: int = 4
+    layers: int = 8
+    keep: int = 8
+    pool: Literal["last", "mean"] = "last"
+    traj: Literal["attention", "head"] = "attention"
+    reduction: Literal["mean", "sum"] = "mean"
+    gate: Literal["cosine", "hard", "none"] = "cosine"
+    gate_share: float = 0.4
+    gate_floor: float = 1e-6
+    gate_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("latents", "layers", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"lavit.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.gate_share <= 1:
+            raise UserError(f"lavit.gate_share is a share of the steps, from 0 to 1, got {self.gate_share}")
+        if not 0 < self.gate_floor <= 1:
+            raise UserError(f"lavit.gate_floor must be above 0 and up to 1, got {self.gate_floor}")
+
+
+def check_lavit(has_latents: bool, lavit: LavitOptions, fsdp: bool, recomputing: bool) -> None:
+    """Refuse settings of a run that do not go together.
+
+    Raises:
+        UserError: says which, and what to set.
+    """
+    if not has_latents:
+        if lavit != LavitOptions():
+            raise UserError(
+                "lavit options without the objective; add --objective lavit (or align-ti+lavit) or drop them"
+            )
+        return
+    if fsdp:
+        raise UserError("objective lavit trains a small head beside the student, which fsdp does not shard; use DDP")
+    if recomputing:
+        raise UserError("objective lavit reads attention of the forward pass; drop --gradient_checkpointing")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from distill import compose, groups, lora, presets
+from distill import compose, groups, latents, lora, presets
 from distill.assemble import build_model
 from distill.config import TrainConfig
 from distill.families import FAMILIES
@@ -81,11 +81,19 @@ def processor_of(source: Checkpoint) -> Any:
 def open_student(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Module, Checkpoint]:
     """The student's model in training mode, float32, and the checkpoint its processor comes from.
 
-    A student that has to be made first (parts, fewer layers) is written to OUT/initial and reused on resume.
+    A student that has to be made first (parts, fewer layers, latent tokens) is written to OUT/initial* and reused on
+    resume.
 
     Raises:
         UserError: nothing says what the student is, or it cannot be opened.
     """
+    model, source = _start(config, teacher)
+    if not config.has_latents or len(source.tokenizer.spec.latent_token_ids) == config.lavit.latents:
+        return model, source
+    return _open(latents.extend(model, source, config.lavit.latents, config.out / latents.FOLDER, config.seed))
+
+
+def _start(config: TrainConfig, teacher: Checkpoint | None) -> tuple[nn.Module, Checkpoint]:
     if config.llm is not None and config.vision_tower is not None:
         parts = compose.Parts(
             local(config.vision_tower), local(config.llm), config.feature_layer, config.student_layers, config.seed

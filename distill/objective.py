@@ -1,4 +1,4 @@
-"""One batch -> the weighted sum of the four terms.
+"""One batch -> the weighted sum of the terms.
 
 Shape legend: B = batch, T = tokens, D = hidden, N = response positions of the batch, J = visual positions, K = draws a
 position, V = vocabulary.
@@ -7,39 +7,45 @@ position, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from distill import access, attention, packing, ribbon
+from distill import access, attention, latents, packing, ribbon
 from distill.access import GoldPass
 from distill.access import embed as embed
 from distill.access import gold_pass as gold_pass
+from distill.attention import AttentionTap
 from distill.batch import Batch as Batch
 from distill.batch import Normaliser as Normaliser
 from distill.config import Align, LossWeights
 from distill.distiller import is_sharded
+from distill.gate import Gate
 from distill.head import HeadLoss, RowLosses, Rows
+from distill.lavit import Lavit
 from distill.teacher import Teacher, TeacherPass, candidate_hidden, fixed_candidates
 
 
 @dataclass(frozen=True)
 class _Response:
-    """The trained positions of a batch."""
+    """The trained positions of a batch; `taught_N` are those a teacher knows (no latents)."""
 
     sample_N: Tensor
     place_N: Tensor
     gold_N: Tensor
     weight_N: Tensor
+    taught_N: Tensor
 
 
 class Objective:
     """Computes the chosen terms for a student and a frozen teacher.
 
     Args:
-        terms: subset of sft, kd, iva, tpa.
+        terms: subset of sft, kd, iva, tpa, concept, traj.
         vocabulary: number of leading token ids both models share; KL terms compare only these.
+        lavit: what concept and traj need; the gate acts on every term.
     """
 
     def __init__(
@@ -49,27 +55,37 @@ class Objective:
         align: Align,
         teacher: Teacher | None,
         vocabulary: int,
+        lavit: Lavit | None = None,
     ) -> None:
         if teacher is None and set(terms) - {"sft"}:
             raise ValueError(f"terms {terms} need a teacher")
         self.terms, self.weights, self.align = terms, weights, align
-        self.teacher, self.vocabulary = teacher, vocabulary
+        self.teacher, self.vocabulary, self.lavit = teacher, vocabulary, lavit
 
     def __call__(
-        self, student: nn.Module, batch: Batch, normaliser: Normaliser, seeds: Sequence[int] | None = None
+        self,
+        student: nn.Module,
+        batch: Batch,
+        normaliser: Normaliser,
+        seeds: Sequence[int] | None = None,
+        step: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss and the unweighted value of each term.
 
         Args:
             seeds: one a sample; what is drawn for a sample (candidates, positions) depends on its seed alone, whatever
                 batch or process it is in. None derives them from the sample's tokens: the same at every call.
+            step: of training, from 0, which a gate depends on; None outside training, where it is open.
         """
         needs_teacher = bool(set(self.terms) - {"sft"})
         tpa, iva = "tpa" in self.terms, "iva" in self.terms
         if self.align.packing:
             batch = replace(batch, packing=packing.plan(batch.attention_mask_BT))
-        gold = gold_pass(student, batch, keep_cache=tpa and self.align.layout == "cached")
-        seen = self.teacher(batch, iva, tpa) if self.teacher is not None and needs_teacher else None
+        gate = self.lavit.gate(batch, step) if self.lavit is not None else None
+        with self.lavit.tap(student, batch) if self.lavit is not None else nullcontext() as tap:
+            gold = gold_pass(student, batch, tpa and self.align.layout == "cached", gate)
+            seen = latents.ask(self.teacher, batch, iva, tpa) if self.teacher is not None and needs_teacher else None
+            extra = self._latent_terms(batch, gold, tap, seen, normaliser)
         key_B = _keys(batch, seeds)
         loss = HeadLoss(access.head(student), self.vocabulary, self.align.temperature, self.align.direction)
         response = _response(batch)
@@ -81,10 +97,28 @@ class Objective:
             values["iva"] = self._iva(loss, batch, gold, seen, key_B, normaliser)
         candidates = draws.candidates() if draws is not None else fixed
         if seen is not None and candidates is not None:
-            values["tpa"] = self._tpa(loss, student, batch, gold, seen, candidates, normaliser)
+            values["tpa"] = self._tpa(loss, student, batch, gold, seen, candidates, normaliser, gate)
         # a batch without rows of its own still belongs to the graph
         total = loss.total() + _zero(gold.hidden_BTD)
+        for name, value in extra.items():
+            total = total + getattr(self.weights, name) * value
+            values[name] = value.detach()
         return total, {name: values[name] for name in self.terms}
+
+    def extra_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained beside the student."""
+        return [] if self.lavit is None else [(f"lavit.{name}", p) for name, p in self.lavit.head.named_parameters()]
+
+    def _latent_terms(
+        self, batch: Batch, gold: GoldPass, tap: AttentionTap | None, seen: TeacherPass | None, normaliser: Normaliser
+    ) -> dict[str, Tensor]:
+        """concept and traj, where they are asked for."""
+        asked = [name for name in ("concept", "traj") if name in self.terms]
+        if self.lavit is None or not asked:
+            return {}
+        assert seen is not None
+        found = self.lavit.losses(batch, gold, tap, seen.gaze(), normaliser)
+        return {name: found[name] for name in asked}
 
     def _response_terms(
         self,
@@ -99,6 +133,7 @@ class Objective:
         # the token at t is predicted by the hidden state at t - 1
         at = response.sample_N, response.place_N - 1
         share_N = response.weight_N / normaliser.response_tokens
+        taught_N = share_N * response.taught_N
         kd = seen is not None and "kd" in self.terms
         result = loss.add(
             Rows(
@@ -106,11 +141,11 @@ class Objective:
                 label_R=response.gold_N,
                 ce_weight_R=self.weights.sft * share_N if "sft" in self.terms else None,
                 target=seen.rows(*at) if seen is not None and kd else None,
-                kl_weight_R=self.weights.kd * share_N if kd else None,
+                kl_weight_R=self.weights.kd * taught_N if kd else None,
                 look=None if draws is None else draws.look,
             )
         )
-        return _means(result, share_N)
+        return {**_means(result, share_N, "sft"), **_means(result, taught_N, "kd")}
 
     def _iva(
         self,
@@ -131,7 +166,7 @@ class Objective:
         result = loss.add(
             Rows(gold.hidden_BTD[at], target=seen.rows(*at), kl_weight_R=self.weights.iva * share_J),
         )
-        return _means(result, share_J)["kd"]
+        return _means(result, share_J, "kd")["kd"]
 
     def _tpa(
         self,
@@ -142,12 +177,14 @@ class Objective:
         seen: TeacherPass,
         candidates: ribbon.Candidates,
         normaliser: Normaliser,
+        gate: Gate | None,
     ) -> Tensor:
         if not candidates.keep_BC.any():
             if not is_sharded(student):
                 return torch.zeros((), device=gold.hidden_BTD.device)
             candidates = ribbon.no_candidates(batch.input_ids_BT)  # other processes have some: follow their passes
-        hidden_BCD = candidate_hidden(student, batch, gold, candidates, self.align)
+        bias_BT = None if gate is None else gate.key_bias()
+        hidden_BCD = candidate_hidden(student, batch, gold, candidates, self.align, bias_BT)
         share_C = candidates.weight_BC[candidates.keep_BC] / normaliser.response_tokens
         result = loss.add(
             Rows(
@@ -156,7 +193,7 @@ class Objective:
                 kl_weight_R=self.weights.tpa * share_C,
             )
         )
-        return _means(result, share_C)["kd"]
+        return _means(result, share_C, "kd")["kd"]
 
 
 class _Draws:
@@ -186,7 +223,7 @@ class _Draws:
 
     def candidates(self) -> ribbon.Candidates:
         response = self.response
-        weight_NK = self.weight_NK * response.weight_N[:, None]
+        weight_NK = self.weight_NK * (response.weight_N * response.taught_N)[:, None]
         return ribbon.arrange(
             self.ids_NK,
             weight_NK,
@@ -208,12 +245,14 @@ def _response(batch: Batch) -> _Response:
     sample_N, place_N = batch.response_places()
     weight_BT = batch.token_weight_BT
     weight_N = torch.ones(len(sample_N), device=sample_N.device) if weight_BT is None else weight_BT[sample_N, place_N]
-    return _Response(sample_N, place_N, batch.input_ids_BT[sample_N, place_N], weight_N)
+    latent_BT = batch.latent_BT
+    taught_N = torch.ones_like(weight_N) if latent_BT is None else (~latent_BT[sample_N, place_N]).to(weight_N.dtype)
+    return _Response(sample_N, place_N, batch.input_ids_BT[sample_N, place_N], weight_N, taught_N)
 
 
-def _means(result: RowLosses, share_R: Tensor) -> dict[str, Tensor]:
-    values = {"sft": result.ce_R, "kd": result.kl_R}
-    return {name: (value_R * share_R).sum() for name, value_R in values.items() if value_R is not None}
+def _means(result: RowLosses, share_R: Tensor, name: str) -> dict[str, Tensor]:
+    value_R = result.ce_R if name == "sft" else result.kl_R
+    return {} if value_R is None else {name: (value_R * share_R).sum()}
 
 
 def _zero(hidden: Tensor) -> Tensor:

@@ -205,7 +205,9 @@ def take_over(optimizer: torch.optim.Optimizer, checkpoint: Path) -> tuple[int, 
             total += 1
             found = states.get(name, {})
             if found and _fits(found, p, int(group.get("rank", 0))):
-                optimizer.state[p] = {key: _moved(key, value, p) for key, value in found.items()}
+                optimizer.state[p] = {
+                    key: value.to(p.device) if isinstance(value, Tensor) else value for key, value in found.items()
+                }
                 taken += 1
     return taken, total
 
@@ -216,10 +218,6 @@ def _fits(state: dict[str, Any], p: Tensor, rank: int) -> bool:
 
         return AVERAGE in state and state[AVERAGE].shape == (min(rank, *p.shape), max(p.shape))
     return "exp_avg" in state and state["exp_avg"].shape == p.shape
-
-
-def _moved(key: str, value: Any, p: Tensor) -> Any:
-    return value.to(p.device) if isinstance(value, Tensor) and key != "step" else value
 
 
 def size(count: float) -> str:

@@ -15,7 +15,8 @@ from distill import access, ribbon
 from distill.access import Head
 from distill.batch import Batch
 from distill.config import Align, TrainConfig
-from distill.teacher import DenseTarget, LiveTeacher, Target, Teacher, TeacherPass
+from distill.methods import LavitOptions
+from distill.teacher import DenseTarget, Gaze, LiveTeacher, Target, Teacher, TeacherPass
 from vlm.errors import CheckpointError, MissingPiece, UserError
 from vlm.load import Checkpoint, load_model
 
@@ -35,9 +36,9 @@ class Placed:
     device: torch.device
     head: Head
 
-    def teacher(self, align: Align, iva_layer: int) -> Teacher:
+    def teacher(self, align: Align, iva_layer: int, lavit: LavitOptions | None = None) -> Teacher:
         """The teacher the objective asks; what it is shown and what it answers changes device as needed."""
-        live = LiveTeacher(self.model, align, iva_layer)
+        live = LiveTeacher(self.model, align, iva_layer, lavit)
         weight = access.head(self.model).weight_VD
         return live if weight is self.head.weight_VD else MovedTeacher(live, self.device, self.head)
 
@@ -160,6 +161,10 @@ class MovedPass:
 
     def rows(self, sample_R: Tensor, token_R: Tensor) -> Target:
         return self._brought(self.seen.rows(sample_R.to(self.device), token_R.to(self.device)))
+
+    def gaze(self) -> Gaze:
+        found = self.seen.gaze()
+        return Gaze(found.mass_BT.to(self._home), found.semantics_BE.to(self._home))
 
     def candidates(self, candidates: ribbon.Candidates) -> Target:
         return self._brought(self.seen.candidates(_on(candidates, self.device)))

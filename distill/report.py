@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 TERM_COLOURS = {"loss": "#24292f", "sft": "#1f6feb", "kd": "#bf3989", "iva": "#1a7f37", "tpa": "#bc4c00"}
+TERM_COLOURS |= {"concept": "#0a7d91", "traj": "#8250df"}
 TERM_NAMES = {
     "loss": "loss, weighted sum",
     "sft": "sft: next token",
     "kd": "kd: divergence on the answer",
     "iva": "iva: divergence at visual tokens",
     "tpa": "tpa: divergence after candidates",
+    "concept": "concept: latents and the teacher's image",
+    "traj": "traj: where latents look",
 }
 Point = tuple[float, float]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The log lines of a run, in order."""
+    """The log lines of a run, in order; none of a run shorter than its logging interval."""
+    if not path.is_file():
+        return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 

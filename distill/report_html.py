@@ -184,7 +184,7 @@ def _averaged(group: list[dict[str, Any]]) -> dict[str, Any]:
 def _summary(record: Record, name: str = "") -> dict[str, Any]:
     """The figures of a run that stand in a column of their own."""
     config, result = record.config, record.result
-    terms = {f"held out {term}": record.last(f"eval_{term}") for term in ("sft", "kd", "iva", "tpa")}
+    terms = {f"held out {term}": record.last(f"eval_{term}") for term in ("sft", "kd", "iva", "tpa", "concept", "traj")}
     return {
         "name": name or record.name or record.out.name,
         "objective": config["objective"],

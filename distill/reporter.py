@@ -66,7 +66,7 @@ class Reporter(TrainerCallback):
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        shown = ("loss", "sft", "kd", "iva", "tpa", "eval_exact_match")
+        shown = ("loss", "sft", "kd", "iva", "tpa", "concept", "traj", "eval_exact_match")
         if any(name in logs for name in shown):
             self._detail = "  ".join(f"{name} {float(logs[name]):.3f}" for name in shown if name in logs)
 

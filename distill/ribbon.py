@@ -205,17 +205,28 @@ def _at(position_BTX: Tensor, place_BC: Tensor) -> Tensor:
 
 
 def run_cached(
-    decoder: nn.Module, candidates: Candidates, cache: Any, attention_mask_BT: Tensor, position_BT: Tensor
+    decoder: nn.Module,
+    candidates: Candidates,
+    cache: Any,
+    attention_mask_BT: Tensor,
+    position_BT: Tensor,
+    key_bias_BT: Tensor | None = None,
 ) -> Tensor:
     """Hidden states of the candidates over the gold pass's keys and values (gradients flow into them).
+
+    Args:
+        key_bias_BT: added to every candidate's attention logits of the gold tokens.
 
     Returns:
         hidden_BCD. The cache is extended in place and must not be used again.
     """
     embeds_BCD = decoder.get_input_embeddings()(candidates.ids_BC)
+    mask = additive(candidate_mask(candidates, attention_mask_BT), embeds_BCD.dtype)
+    if key_bias_BT is not None:
+        mask[..., : key_bias_BT.shape[1]] += key_bias_BT[:, None, None].to(mask.dtype)
     output = decoder(
         inputs_embeds=embeds_BCD,
-        attention_mask=additive(candidate_mask(candidates, attention_mask_BT), embeds_BCD.dtype),
+        attention_mask=mask,
         position_ids=for_decoder(_at(position_BT, candidates.place_BC)),
         past_key_values=cache,
         use_cache=True,
@@ -246,7 +257,7 @@ def run_single_pass(
     positions = torch.cat([position_BT, _at(position_BT, candidates.place_BC)], dim=1)
     added = [torch.cat([part, part.new_zeros(embeds[:, length:].shape)], dim=1) for part in deep]
     visible = torch.cat(
-        [_gold_mask(attention_mask_BT, candidates.ids_BC.shape[1]), candidate_mask(candidates, attention_mask_BT)],
+        [gold_mask(attention_mask_BT, candidates.ids_BC.shape[1]), candidate_mask(candidates, attention_mask_BT)],
         dim=1,
     )
     order = _interleaved_order(candidates, length) if layout == "interleaved" else None
@@ -266,7 +277,7 @@ def run_single_pass(
     return output[:, :length], output[:, length:]
 
 
-def _gold_mask(attention_mask_BT: Tensor, candidates: int) -> Tensor:
+def gold_mask(attention_mask_BT: Tensor, candidates: int) -> Tensor:
     length = attention_mask_BT.shape[1]
     key_T = torch.arange(length, device=attention_mask_BT.device)
     causal_TT = key_T[None, :] <= key_T[:, None]

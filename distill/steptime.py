@@ -10,9 +10,9 @@ import torch
 
 from distill.config import TrainConfig
 from distill.data import batches
-from distill.objective import Normaliser, Objective
+from distill.objective import Normaliser
 from distill.optimizers import build_optimizer
-from distill.train import load_run
+from distill.run import load_run
 
 
 def measure(configs: Mapping[str, TrainConfig], rounds: int, warmup: int = 3) -> dict[str, float]:
@@ -33,9 +33,8 @@ def measure(configs: Mapping[str, TrainConfig], rounds: int, warmup: int = 3) ->
 
 def _stepper(config: TrainConfig) -> Callable[[int], None]:
     run = load_run(config)
-    teacher = run.asked(config.align, max(config.align.iva_layer, 0))
-    objective = Objective(config.terms, config.weights, config.align, teacher, run.vocabulary)
-    optimizer = build_optimizer(config, run.student)
+    objective = run.objective(config.align, max(config.align.iva_layer, 0))
+    optimizer = build_optimizer(config, run.student, objective.extra_parameters())
     collate = run.collate()
 
     def step(turn: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Align, LearningRates, Lora, LossWeights, TrainConfig
-from distill.methods import FiraOptions
+from distill.methods import FiraOptions, KpodOptions, LavitOptions, Tokens
 
 PATHS = ("data", "images", "eval_data", "teacher_cache", "optim_state", "out")
 NESTED: dict[str, Any] = {
@@ -16,6 +16,9 @@ NESTED: dict[str, Any] = {
     "weights": LossWeights,
     "align": Align,
     "fira": FiraOptions,
+    "tokens": Tokens,
+    "kpod": KpodOptions,
+    "lavit": LavitOptions,
 }
 
 

@@ -16,6 +16,7 @@ from distill import access, attention, ribbon
 from distill.access import GoldPass, Head
 from distill.batch import Batch
 from distill.config import Align
+from distill.methods import LavitOptions
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,19 @@ class SparseTarget:
 Target = DenseTarget | SparseTarget
 
 
+@dataclass(frozen=True)
+class Gaze:
+    """What LaViT's terms take from a teacher.
+
+    Attributes:
+        mass_BT: its attention from text to each visual token, the largest few, summing to one; zero elsewhere.
+        semantics_BE: mean of its last hidden states at the image.
+    """
+
+    mass_BT: Tensor
+    semantics_BE: Tensor
+
+
 class TeacherPass(Protocol):
     """The teacher's view of one batch. Row indices are (sample, token) of the PREDICTING position."""
 
@@ -57,6 +71,10 @@ class TeacherPass(Protocol):
 
     def candidates(self, candidates: ribbon.Candidates) -> Target:
         """Next-token distributions after each kept candidate, in the order of `keep_BC.nonzero()`."""
+        ...
+
+    def gaze(self) -> Gaze:
+        """Where it looks and what it sees there; only of a teacher set up for LaViT."""
         ...
 
 
@@ -80,18 +98,33 @@ class LiveTeacher:
     Args:
         model: frozen model in eval mode.
         iva_layer: layer whose attention weights the visual tokens.
+        lavit: take its gaze too, in the same pass.
     """
 
-    def __init__(self, model: nn.Module, align: Align, iva_layer: int = 0) -> None:
-        self.model, self.align, self.iva_layer = model, align, iva_layer
+    def __init__(self, model: nn.Module, align: Align, iva_layer: int = 0, lavit: LavitOptions | None = None) -> None:
+        self.model, self.align, self.iva_layer, self.lavit = model, align, iva_layer, lavit
 
     @torch.no_grad()
     def __call__(self, batch: Batch, iva: bool, tpa: bool) -> TeacherPass:
-        layers = [self.iva_layer] if iva else []
-        with attention.AttentionTap(access.decoder(self.model), layers, batch.packing) as tap:
+        decoder = access.decoder(self.model)
+        total = len(decoder.layers)
+        watched = range(max(0, total - self.lavit.layers), total) if self.lavit else range(0)
+        with (
+            attention.AttentionTap(decoder, [self.iva_layer] if iva else [], batch.packing) as tap,
+            attention.AttentionTap(decoder, watched, batch.packing) as last,
+        ):
             gold = access.gold_pass(self.model, batch, keep_cache=tpa and self.align.layout == "cached")
             weight_BT = self._visual_weights(tap, batch) if iva else None
-        return LivePass(self.model, batch, gold, weight_BT, self.align)
+            gaze = self._gaze(last, batch, gold) if self.lavit else None
+        return LivePass(self.model, batch, gold, weight_BT, self.align, gaze)
+
+    def _gaze(self, tap: attention.AttentionTap, batch: Batch, gold: GoldPass) -> Gaze:
+        assert self.lavit is not None
+        text_BT = attention.after_images(batch.image_BT, batch.attention_mask_BT)
+        score_BT = attention.text_to_vision(tap, text_BT, batch.image_BT, batch.attention_mask_BT)
+        count_B1 = batch.image_BT.sum(dim=1, keepdim=True).clamp(min=1)
+        semantics_BE = (gold.hidden_BTD * batch.image_BT[..., None]).sum(dim=1) / count_B1
+        return Gaze(attention.trajectory_of(score_BT, batch.image_BT, self.lavit.keep), semantics_BE.float())
 
     def _visual_weights(self, tap: attention.AttentionTap, batch: Batch) -> Tensor:
         a_BT = attention.instruction_to_vision(
@@ -109,6 +142,11 @@ class LivePass:
     gold: GoldPass
     weight_BT: Tensor | None
     align: Align
+    seen: Gaze | None = None
+
+    def gaze(self) -> Gaze:
+        assert self.seen is not None, "the gaze was not asked for"
+        return self.seen
 
     def weights(self) -> Tensor:
         assert self.weight_BT is not None, "weights were not asked for"
@@ -124,12 +162,24 @@ class LivePass:
 
 
 def candidate_hidden(
-    model: nn.Module, batch: Batch, gold: GoldPass, candidates: ribbon.Candidates, align: Align
+    model: nn.Module,
+    batch: Batch,
+    gold: GoldPass,
+    candidates: ribbon.Candidates,
+    align: Align,
+    key_bias_BT: Tensor | None = None,
 ) -> Tensor:
-    """hidden_BCD of every candidate slot, in the layout the settings ask for."""
+    """hidden_BCD of every candidate slot, in the layout the settings ask for.
+
+    Args:
+        key_bias_BT: added to the candidates' attention logits; in the cached layout only.
+    """
     decoder: Any = access.decoder(model)
     if align.layout == "cached":
-        return ribbon.run_cached(decoder, candidates, gold.cache, batch.attention_mask_BT, gold.inputs.position_BT)
+        place = gold.inputs.position_BT
+        return ribbon.run_cached(decoder, candidates, gold.cache, batch.attention_mask_BT, place, key_bias_BT)
+    if key_bias_BT is not None:
+        raise ValueError(f"layout {align.layout} takes no bias; use cached")
     taken = gold.inputs
     return ribbon.run_single_pass(
         decoder,

@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill import (
     access,
-    cache,
     checkpoint,
     evaluate,
     groups,
     irs,
+    kpod,
+    lavit,
     lora,
     models,
     optimizers,
     placement,
-    presets,
     processes,
+    replacement,
     report,
     visual,
 )
@@ -36,25 +37,17 @@ from distill.assemble import save_checkpoint
 from distill.config import Align, TrainConfig
 from distill.data import (
     Collator,
-    DataOptions,
-    DigitsExamples,
-    Examples,
-    StreamOptions,
-    open_split,
-    open_streaming_split,
     write_skipped,
 )
-from distill.objective import Objective
-from distill.pair import shared_vocabulary
 from distill.reporter import check_loggers
+from distill.run import Run as Run
+from distill.run import load_run as load_run
 from distill.stored import config_from_json, config_to_json
-from distill.teacher import Teacher
-from distill.trainer import METRICS, DistillTrainer
-from vlm import digits
+from distill.trainer import METRICS, Adjust, DistillTrainer
 from vlm.console import note
 from vlm.errors import UserError
 from vlm.files import atomic_dir, read_json, write_atomic
-from vlm.load import PROVENANCE, Checkpoint, open_checkpoint
+from vlm.load import PROVENANCE
 
 CONFIG = "config.json"
 
@@ -73,58 +66,6 @@ class TrainResult:
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "student": str(self.student)}
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training examples, a validation set for choices made during training, and the test set for the final figure."""
-
-    train: Examples
-    validation: Examples | None
-    test: Examples | None
-    description: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything a run has loaded; the teacher is live (`placed`) or read from disk (`cached`)."""
-
-    config: TrainConfig
-    student: nn.Module
-    student_source: Checkpoint
-    placed: placement.Placed | None
-    teacher_source: Checkpoint | None
-    data: Data
-    vocabulary: int
-    cached: cache.Cached | None = None
-
-    @property
-    def teacher(self) -> nn.Module | None:
-        """The live teacher's model."""
-        return None if self.placed is None else self.placed.model
-
-    def collate(self) -> Collator:
-        return Collator(self.student_source.tokenizer.spec.pad_token_id, keys=self.cached is not None)
-
-    def asked(self, align: Align, iva_layer: int) -> Teacher | None:
-        """The teacher as the objective asks it."""
-        if self.cached is not None:
-            return self.cached.teacher
-        return None if self.placed is None else self.placed.teacher(align, iva_layer)
-
-    def validate(self, trainer: DistillTrainer) -> dict[str, float]:
-        """Held-out value of every term, their sum, and task accuracy; in every process."""
-        held_out = self.data.validation
-        if held_out is None:
-            return {}
-        collate = self.collate()
-        count = self.config.eval_samples
-
-        def work(student: nn.Module) -> dict[str, float]:
-            terms = evaluate.held_out_terms(student, trainer.objective, held_out, min(count, 200), collate)
-            return {**terms, "exact_match": evaluate.accuracy(student, held_out, count, collate).exact_match}
-
-        return trainer.on_student(work)
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -150,11 +91,14 @@ def train(config: TrainConfig) -> TrainResult:
     iva_layer, scores = processes.first(lambda: _iva_layer(run))
     processes.first(lambda: _start_run_directory(config, scores))
     processes.first(lambda: write_skipped(run.data.train, config.out))
+    run, adjust = _weighted(run)
+    if config.has_latents:
+        processes.say(lavit.header(config.lavit))
     align = recomputed(run)
-    objective = Objective(config.terms, config.weights, align, run.asked(align, iva_layer), run.vocabulary)
+    objective = run.objective(align, iva_layer)
     collate = run.collate()
     trainer = DistillTrainer(
-        config, run.student, objective, run.data.train, collate, run.validate, _watch(run, collate)
+        config, run.student, objective, run.data.train, collate, run.validate, _watch(run, collate), adjust
     )
     trainer.started = started
     found = processes.first(lambda: checkpoint.last(config.out)) if config.resume else None
@@ -164,6 +108,17 @@ def train(config: TrainConfig) -> TrainResult:
         processes.say(f"going on from {found.name}" if found else "no complete checkpoint yet: starting at step 0")
     trainer.go(found)
     return _finish(run, trainer, collate)
+
+
+def _weighted(run: Run) -> tuple[Run, Adjust | None]:
+    """With token weights or a schedule asked for, the training examples that carry them, and what a stage takes away."""
+    if not kpod.wanted(run.config):
+        return run, None
+    processes.say(kpod.header(run.config))
+    pad = run.student_source.tokenizer.spec.pad_token_id
+    found = kpod.prepare(run.config, run.student, run.data.train, pad, placement.student_device())
+    data = dataclasses.replace(run.data, train=kpod.Weighted(run.data.train, found))
+    return dataclasses.replace(run, data=data), kpod.curriculum(run.config, found)
 
 
 def recomputed(run: Run) -> Align:
@@ -183,6 +138,7 @@ def _watch(run: Run, collate: Collator) -> Callable[[DistillTrainer, int], dict[
     if not config.visual_every:
         return None
     seen = visual.probe(run.data.train, config.visual_samples, collate)
+    shown = visual.probe(run.data.train, config.visual_samples, run.plain()) if run.teacher is not None else None
     held_out = (
         None if run.data.validation is None else visual.probe(run.data.validation, config.visual_samples, collate)
     )
@@ -190,8 +146,8 @@ def _watch(run: Run, collate: Collator) -> Callable[[DistillTrainer, int], dict[
         return None
     probe = held_out or seen
     teacher = None
-    if run.teacher is not None:
-        teacher = visual.read(run.teacher, seen, placement.computes_on(run.teacher))
+    if run.teacher is not None and shown is not None:
+        teacher = visual.read(run.teacher, shown, placement.computes_on(run.teacher))
     a_step = config.batch_size * config.accumulate * processes.world()
     watch = visual.VisualWatch(visual.patience(config.warmup_steps, a_step), teacher)
 
@@ -242,65 +198,6 @@ def _open_run_directory(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def load_run(config: TrainConfig) -> Run:
-    """Open teacher, student and data of a configuration.
-
-    Raises:
-        UserError: one of them is missing, damaged, or they do not fit together.
-    """
-    teacher_source = None
-    if config.teacher:
-        teacher_source = models.open_model(config.teacher)
-    elif config.preset == "digits" and (config.needs_teacher or not (config.student or config.llm)):
-        teacher_source = open_checkpoint(presets.digits_teacher())
-    from_cache = config.needs_teacher and config.teacher_cache is not None
-    if config.needs_teacher and teacher_source is None and not from_cache:
-        raise UserError(f"objective {config.objective!r} needs a teacher; pass --teacher DIR or --objective sft")
-    student, student_source = models.open_student(config, teacher_source)
-    data = _data(config, student_source)
-    if len(data.train) < config.batch_size:
-        raise UserError(
-            f"{len(data.train)} training samples do not fill one batch of {config.batch_size}; lower batch_size"
-        )
-    vocabulary = int(student_source.config["text_config"]["vocab_size"])
-    placed = cached = None
-    if from_cache:
-        device = placement.student_device()
-        cached = cache.open_cached(config, student_source, teacher_source, device, data.train)
-        vocabulary = cached.vocabulary
-    elif config.needs_teacher and teacher_source is not None:
-        vocabulary = shared_vocabulary(teacher_source, student_source)
-        if config.align.candidates >= vocabulary:
-            raise UserError(f"align.candidates {config.align.candidates}: the vocabulary has only {vocabulary} tokens")
-        placed = placement.place(teacher_source, config)
-    models.prepare(config, student)
-    return Run(config, student, student_source, placed, teacher_source, data, vocabulary, cached)
-
-
-def _data(config: TrainConfig, student: Checkpoint) -> Data:
-    if config.preset == "digits" and config.data is None:
-        tokenizer, image = student.tokenizer, student.image
-        return Data(
-            DigitsExamples("train", config.samples, tokenizer, image, config.seed, config.augment),
-            DigitsExamples("validation", config.eval_samples, tokenizer, image),
-            DigitsExamples("test", config.eval_samples, tokenizer, image),
-            {"name": "digits", "sha256": digits.data_sha256(), "samples": config.samples, "augment": config.augment},
-        )
-    if config.data is None:
-        raise UserError("no data to train on; pass --data F --images D or --preset digits")
-    form = None if config.format == "auto" else config.format
-    options = DataOptions(config.images, form, config.on_bad_image, config.check_images == "decode")
-    context = int(student.config["text_config"].get("max_position_embeddings", 32768))
-    read = student.tokenizer, student.image
-    if config.streaming:
-        asked = config.steps * config.batch_size * config.accumulate * processes.world()
-        stream = StreamOptions(asked, config.seed, context)
-        split = open_streaming_split(config.data, config.eval_data, options, stream, *read)
-    else:
-        split = open_split(config.data, config.eval_data, config.holdout, options, *read, context)
-    return Data(split.train, split.validation, split.test, split.description)
-
-
 def _iva_layer(run: Run) -> tuple[int, irs.LayerScores | None]:
     config = run.config
     if run.cached is not None:
@@ -336,6 +233,10 @@ def _finish(run: Run, trainer: DistillTrainer, collate: Collator) -> TrainResult
             parameter.copy_(parameter.to(dtype).to(parameter.dtype))
     test = run.data.test
     scored = test and trainer.on_student(lambda model: evaluate.accuracy(model, test, config.eval_samples, collate))
+    if run.student_source.tokenizer.spec.latent_token_ids:
+        asked = test or run.data.train
+        found = trainer.on_student(lambda model: replacement.measure(model, asked, config.eval_samples, collate))
+        processes.first(lambda: replacement.report(found, config.out))
     result = TrainResult(
         config.out / "student",
         config.objective,
@@ -379,6 +280,6 @@ def _provenance(run: Run, result: TrainResult) -> dict[str, Any]:
         "n": result.n,
         "interval": result.interval,
         "seconds": result.seconds,
-        "licence": "Apache-2.0" if run.data.description["name"] == "digits" else None,
+        "licence": "Apache-2.0" if str(run.data.description["name"]).startswith("digits") else None,
         "tools": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }

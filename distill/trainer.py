@@ -23,6 +23,7 @@ from distill.reporter import Reporter, loggers
 from vlm.errors import GateFailed
 
 T = TypeVar("T")
+Adjust = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
 METRICS = "metrics.jsonl"
 
 
@@ -35,6 +36,7 @@ class DistillTrainer(Trainer):
     Args:
         evaluate_now: held-out scores of the student, called in every process with the trainer.
         inspect: called after every step in every process; what it returns is logged.
+        adjust: (tensors of a micro-batch, optimiser step from 0) -> the tensors to train on at that step.
     """
 
     def __init__(
@@ -46,12 +48,13 @@ class DistillTrainer(Trainer):
         collate: Collator,
         evaluate_now: Callable[[DistillTrainer], dict[str, float]],
         inspect: Callable[[DistillTrainer, int], dict[str, Any]] | None = None,
+        adjust: Adjust | None = None,
     ) -> None:
         self.config, self.objective = config, objective
         self.student = student
         self._own: torch.optim.Optimizer | None = None
         super().__init__(
-            model=Distiller(student),
+            model=Distiller(student, self.extra),
             args=_arguments(config),
             train_dataset=examples,
             eval_dataset=examples,  # only to satisfy the base class: `evaluate` below brings its own held-out data
@@ -63,7 +66,7 @@ class DistillTrainer(Trainer):
         self.add_callback(self._reporter)
         for callback in loggers(config):
             self.add_callback(callback)
-        self.evaluate_now, self.inspect = evaluate_now, inspect
+        self.evaluate_now, self.inspect, self.adjust = evaluate_now, inspect, adjust
         self.loss_is_scaled_for_ga = True
         self._window = _Window()
         self._micro_batch, self._inspected = 0, 0
@@ -78,7 +81,7 @@ class DistillTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self._own is None:
-            self.optimizer = self._own = build_optimizer(self.config, self.student)
+            self.optimizer = self._own = build_optimizer(self.config, self.student, self.objective.extra_parameters())
             if self.config.optim_state is not None:
                 taken, total = take_over(self._own, self.config.optim_state)
                 processes.say(
@@ -125,15 +128,16 @@ class DistillTrainer(Trainer):
             micro_batch = next(epoch_iterator, None)
             if micro_batch is None:
                 break
-            micro_batches.append(micro_batch)
-        batches = [to_batch(tensors) for tensors in micro_batches]
+            micro_batches.append(self.adjust(micro_batch, self.state.global_step) if self.adjust else micro_batch)
+        batches, how = [to_batch(tensors) for tensors in micro_batches], self.config.tokens.normalise
         counts = [
-            [float(batch.response_tokens()), float(batch.image_samples()), float(batch.attention_mask_BT.sum())]
+            [float(batch.response_tokens(how)), float(batch.image_samples()), float(batch.attention_mask_BT.sum())]
             for batch in batches
         ] or [[0.0, 0.0, 0.0]]
         counted = processes.total(torch.tensor(counts, device=device, dtype=torch.float64).sum(dim=0))
         self._window.start_step(float(counted[2]))
-        return micro_batches, counted[:2].clamp(min=1)
+        # a step may weigh less than one token in all, but not nothing
+        return micro_batches, torch.where(counted[:2] > 0, counted[:2], 1.0)
 
     def compute_loss(
         self,
@@ -151,7 +155,7 @@ class DistillTrainer(Trainer):
         seeds = self._seeds(len(batch.input_ids_BT))
 
         def work(student: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.objective(student, batch, normaliser, seeds)
+            return self.objective(student, batch, normaliser, seeds, self.state.global_step)
 
         loss, values = self.on_student(work, train=True)
         # all processes must give up together, or the others wait for this one for ever
@@ -223,12 +227,18 @@ class DistillTrainer(Trainer):
         """Put the weights of `checkpoint.save_student` into the student, sharded or not; in every process."""
         if not self.is_fsdp_enabled or self.model_wrapped is not self.model:
             checkpoint.load_student(self.student, directory)
+            checkpoint.load_extra(self.extra, directory)
             return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         state = {f"student.{name}": value for name, value in checkpoint.read_student(self.student, directory).items()}
         strict = not checkpoint.is_adapted(self.student)
         set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
+
+    @property
+    def extra(self) -> nn.Module | None:
+        """What is trained beside the student."""
+        return None if self.objective.lavit is None else self.objective.lavit.head
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
@@ -237,6 +247,7 @@ class DistillTrainer(Trainer):
         weights = self.full_weights()
         if self.args.should_save:
             self._write(lambda: checkpoint.save_student(self.student, Path(str(output_dir)), weights))
+            self._write(lambda: checkpoint.save_extra(self.extra, Path(str(output_dir))))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -258,4 +258,4 @@ def open_gguf(root: Path, options: LoadOptions, manifest: Manifest) -> GgufBacke
             "this llama-cpp-python was built without CUDA; run "
             "`CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-binary :all: llama-cpp-python`"
         )
-    return GgufBackend(open_artifact(root, manifest), options)
+    return GgufBackend(open_artifact(root, manifest, options.latents), options)

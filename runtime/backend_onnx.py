@@ -130,4 +130,4 @@ def open_onnx(root: Path, options: LoadOptions, manifest: Manifest) -> OnnxBacke
     wanted = "TensorrtExecutionProvider" if options.provider == "tensorrt" else PROVIDERS[options.device]
     if wanted not in onnxruntime.get_available_providers():
         raise MissingPiece(f"this onnxruntime has no {wanted}; run `pip install 'align-edge[onnx-gpu]'`")
-    return OnnxBackend(open_artifact(root, manifest), options)
+    return OnnxBackend(open_artifact(root, manifest, options.latents), options)

@@ -25,7 +25,7 @@ def open_tensorrt(root: Path, options: LoadOptions, manifest: Manifest) -> Delta
             the command that builds one). MissingPiece: a package, a driver or a GPU is missing. UserError: a provider
             that cannot run this.
     """
-    source = open_artifact(root, manifest)
+    source = open_artifact(root, manifest, options.latents)
     if options.provider == "edge-llm":
         refuse_edge_llm()
     if options.provider == "auto":

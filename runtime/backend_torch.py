@@ -103,6 +103,7 @@ def open_torch(root: Path, options: LoadOptions) -> TorchBackend:
         precision="float32",
         artifact_bytes=sum(path.stat().st_size for path in (*checkpoint.weights, root / "tokenizer.json")),
         weights_sha256=checkpoint.weights_sha256(),
+        latents=options.latents,
     )
     return TorchBackend(source, checkpoint, options)
 

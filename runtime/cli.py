@@ -6,9 +6,10 @@ import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from runtime.loading import BACKENDS
-from runtime.options import LoadOptions
+from runtime.options import Latents, LoadOptions
 from vlm.console import Parser, natural, seconds
 
 Command = Callable[[argparse.Namespace], int]
@@ -41,7 +42,7 @@ def parser() -> Parser:
 
 
 def load_options(arguments: argparse.Namespace) -> LoadOptions:
-    names = ("threads", "device", "context", "provider", "prefill_chunk", "kv")
+    names = ("threads", "device", "context", "provider", "prefill_chunk", "kv", "latents")
     return LoadOptions(**{name: getattr(arguments, name) for name in names})
 
 
@@ -83,6 +84,12 @@ def _loading(command: Parser) -> None:
     )
     command.add_argument(
         "--kv", default=defaults.kv, help="GGUF: keys and values in f32, f16 or q8_0 (default: %(default)s, as PyTorch)"
+    )
+    command.add_argument(
+        "--latents",
+        default=defaults.latents,
+        choices=get_args(Latents),
+        help="models with latent tokens say them (emit) or find them in the prompt (prefill); default: %(default)s",
     )
 
 

@@ -11,6 +11,7 @@ from vlm.errors import UserError
 Device = Literal["cpu", "cuda"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "edge-llm"]
 CacheType = Literal["f32", "f16", "q8_0"]
+Latents = Literal["emit", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LoadOptions:
             artefacts on a GPU: `tensorrt` lets ONNX Runtime build a TensorRT engine of the vision encoder.
         kv: GGUF artefacts: type of keys and values. f32 answers as PyTorch does; f16 and q8_0 are smaller, and llama.cpp
             then uses flash attention, as its own programs do.
+        latents: of models that say latent tokens before an answer: emit them, one step each, or put them into the prompt.
     """
 
     threads: int = 1
@@ -38,6 +40,7 @@ class LoadOptions:
     prefill_chunk: int = 512
     provider: Provider = "auto"
     kv: CacheType = "f32"
+    latents: Latents = "emit"
 
     def __post_init__(self) -> None:
         for name in ("threads", "context", "queue_size", "prefill_chunk"):
@@ -45,7 +48,7 @@ class LoadOptions:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.image_cache_mb < 0:
             raise UserError(f"image_cache_mb is {self.image_cache_mb}; give 0 (keep none) or more")
-        for name, kinds in (("device", Device), ("provider", Provider), ("kv", CacheType)):
+        for name, kinds in (("device", Device), ("provider", Provider), ("kv", CacheType), ("latents", Latents)):
             if (value := getattr(self, name)) not in get_args(kinds):
                 raise UserError(f"{name} is {value!r}; known: {', '.join(get_args(kinds))}")
 

@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 
 from runtime.api import Image, Message, ModelInfo, PreparedImage, Prompt
 from runtime.images import chat_message, to_pillow
-from runtime.options import LoadOptions
+from runtime.options import Latents, LoadOptions
 from runtime.text import ByteLevelPieces
 from vlm.chat import ChatSpec, ChatTokenizer
 from vlm.errors import ArtifactError, MissingPiece, UserError
@@ -36,6 +36,7 @@ class Source:
     Attributes:
         model: numbers about the decoder (see Manifest.model); only `vocab_size` and `context_length` are required.
         manifest: None for a checkpoint.
+        latents: see LoadOptions.
     """
 
     root: Path
@@ -46,6 +47,11 @@ class Source:
     artifact_bytes: int
     weights_sha256: str | None
     manifest: Manifest | None = None
+    latents: Latents = "emit"
+
+    def __post_init__(self) -> None:
+        if self.latents == "prefill" and not self.tokenizer.spec.latent_token_ids:
+            raise UserError(f"{self.root} has no latent tokens to put into the prompt; drop `--latents prefill`")
 
     def info(self, backend: str, options: LoadOptions) -> ModelInfo:
         def number(key: str) -> int | None:
@@ -118,6 +124,8 @@ class Source:
             )
             for image, start in zip(images, at[:: self.image.tokens], strict=True)
         )
+        if self.latents == "prefill":
+            ids += self.tokenizer.spec.latent_token_ids
         return Prompt(tuple(ids), prepared)
 
 
@@ -138,7 +146,7 @@ def visible(prompt: Prompt, tokens_per_image: int, start: int, stop: int | None)
             yield slice(first - start, last - start), Rows(index, slice(first - image.start, last - image.start))
 
 
-def open_artifact(root: Path, manifest: Manifest | None = None) -> Source:
+def open_artifact(root: Path, manifest: Manifest | None = None, latents: Latents = "emit") -> Source:
     """Read the manifest (unless given), hash every file, open the tokenizer.
 
     Raises:
@@ -161,6 +169,7 @@ def open_artifact(root: Path, manifest: Manifest | None = None) -> Source:
         artifact_bytes=sum(entry.bytes for entry in manifest.files if entry.role in RUN_ROLES),
         weights_sha256=manifest.source.get("student_sha256"),
         manifest=manifest,
+        latents=latents,
     )
 
 

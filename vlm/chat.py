@@ -22,7 +22,11 @@ Message: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class ChatSpec:
-    """The ids and template a checkpoint was trained with; copied into every artefact."""
+    """The ids and template a checkpoint was trained with; copied into every artefact.
+
+    Attributes:
+        latent_token_ids: special tokens the model says before every answer; nobody is shown them.
+    """
 
     template: str
     image_token: str
@@ -31,10 +35,12 @@ class ChatSpec:
     pad_token_id: int
     bos_token: str = ""
     eos_token: str = ""
+    latent_token_ids: tuple[int, ...] = ()
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> ChatSpec:
-        return ChatSpec(**{**value, "eos_token_ids": tuple(value["eos_token_ids"])})
+        lists = {name: tuple(value.get(name, ())) for name in ("eos_token_ids", "latent_token_ids")}
+        return ChatSpec(**{**value, **lists})
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,7 @@ def spec_from_checkpoint(directory: Path) -> ChatSpec:
         pad_token_id=eos_ids[0] if pad_id is None else int(pad_id),
         bos_token=_token_text(settings.get("bos_token")),
         eos_token=eos_token,
+        latent_token_ids=tuple(int(i) for i in config.get("latent_token_ids") or ()),
     )
 
 

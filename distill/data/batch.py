@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from distill.batch import Batch
 from distill.cache_key import keys_tensor
+from distill.data.latent import put_in
 from vlm import chat, digits, preprocess
 
 SPANS = ("template", "image", "instruction", "response")
@@ -23,11 +24,21 @@ _CODES = {name: code for code, name in enumerate(SPANS)}
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised conversation; `pixels` has one CHW array per image."""
+    """One tokenised conversation.
+
+    Attributes:
+        pixels: one CHW array per image.
+        steps: per token the step of a reasoning it belongs to, from 1; 0 for none (see distill.data.rationale).
+        weights: per token how much it counts in the response terms; None where all count alike.
+        number: which record this is, where it has weights.
+    """
 
     ids: tuple[int, ...]
     spans: tuple[str, ...]
     pixels: tuple[preprocess.Pixels, ...]
+    steps: npt.NDArray[np.int16] | None = None
+    weights: npt.NDArray[np.float32] | None = None
+    number: int = 0
 
     @cached_property
     def codes(self) -> npt.NDArray[np.int8]:
@@ -41,7 +52,11 @@ class Examples(Protocol):
 
 
 class DigitsExamples(Dataset):  # type: ignore[type-arg]
-    """The digits stream of one split as training examples."""
+    """The digits stream of one split as training examples.
+
+    Args:
+        steps: answers say their reasoning first.
+    """
 
     def __init__(
         self,
@@ -51,8 +66,9 @@ class DigitsExamples(Dataset):  # type: ignore[type-arg]
         image: preprocess.ImageSpec,
         seed: int = 0,
         augment: bool = False,
+        steps: bool = False,
     ) -> None:
-        self.split, self.count, self.seed, self.augment = split, count, seed, augment
+        self.split, self.count, self.seed, self.augment, self.steps = split, count, seed, augment, steps
         self.tokenizer, self.image = tokenizer, image
 
     def __len__(self) -> int:
@@ -60,9 +76,20 @@ class DigitsExamples(Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, index: int) -> Example:
         sample = digits.sample(self.split, index, self.seed, self.augment)
+        if self.steps:
+            return self._reasoned(sample)
         messages = [chat.user_message(sample.question), {"role": "assistant", "content": sample.answer}]
         conversation = self.tokenizer.conversation(messages)
         return Example(conversation.ids, conversation.spans, (preprocess.pixels(sample.image, self.image),))
+
+    def _reasoned(self, sample: digits.Sample) -> Example:
+        from distill.data.digits_steps import reasoning
+        from distill.data.rationale import conversation_of, step_numbers
+
+        record = conversation_of(sample.question, *reasoning(sample), images=1)
+        found = self.tokenizer.conversation(record.messages)
+        pixels = (preprocess.pixels(sample.image, self.image),)
+        return Example(found.ids, found.spans, pixels, step_numbers(found, record, self.tokenizer))
 
 
 @dataclass(frozen=True)
@@ -71,13 +98,18 @@ class Collator:
 
     Attributes:
         keys: add the samples' content keys, which a teacher read from disk is asked by.
+        latents: a student's latent tokens, put in before every answer; keys are those of the samples without.
     """
 
     pad_token_id: int
     pad_left: bool = False
     keys: bool = False
+    latents: tuple[int, ...] = ()
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        keys = {"keys": keys_tensor(examples)} if self.keys else {}
+        if self.latents:
+            examples = [put_in(example, self.latents) for example in examples]
         length = max(len(example.ids) for example in examples)
         ids_BT = np.full((len(examples), length), self.pad_token_id, np.int64)
         attention_BT = np.zeros((len(examples), length), np.int64)
@@ -94,8 +126,26 @@ class Collator:
             "attention_mask": torch.from_numpy(attention_BT),
             "pixel_values": torch.from_numpy(np.stack(arrays)) if arrays else torch.zeros(0),
             **{name: torch.from_numpy(codes_BT == _CODES[name]) for name in SPANS[1:]},
-            **({"keys": keys_tensor(examples)} if self.keys else {}),
+            **({"latent": torch.from_numpy(np.isin(ids_BT, self.latents))} if self.latents else {}),
+            **keys,
+            **self._steps_and_weights(examples, length),
         }
+
+    def _steps_and_weights(self, examples: Sequence[Example], length: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if all(example.steps is not None for example in examples):
+            found["step"] = self._padded([example.steps for example in examples], length, np.int16)
+        if all(example.weights is not None for example in examples):
+            found["token_weight"] = self._padded([example.weights for example in examples], length, np.float32)
+            found["record"] = torch.tensor([example.number for example in examples])
+        return found
+
+    def _padded(self, rows: Sequence[Any], length: int, kind: Any) -> Tensor:
+        found_BT = np.zeros((len(rows), length), kind)
+        for row, values in enumerate(rows):
+            start = length - len(values) if self.pad_left else 0
+            found_BT[row, start : start + len(values)] = values
+        return torch.from_numpy(found_BT)
 
 
 def to_batch(tensors: dict[str, Tensor]) -> Batch:
@@ -107,6 +157,9 @@ def to_batch(tensors: dict[str, Tensor]) -> Batch:
         tensors["instruction"],
         tensors["response"],
         pixels if pixels.numel() else None,
+        token_weight_BT=tensors.get("token_weight"),
+        step_BT=tensors.get("step"),
+        latent_BT=tensors.get("latent"),
         key_B4=tensors.get("keys"),
     )
 

@@ -3,6 +3,7 @@
 llava     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nQ"}, {"from": "gpt", ...}]}
 sharegpt  the same with roles user, assistant, system or several `images`; also {"messages": [{"role", "content"}]}
 messages  {"messages": [{"role", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}], "images": [...]}
+rationale {"image": "a.png", "question": "Q", "steps": ["...", "..."], "answer": "A"} (see distill.data.rationale)
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from distill.data.images import FileSlice, ImageSource, Inline, from_data_url
 from vlm.chat import Message
 from vlm.errors import BadImage, DataError
 
-Format = Literal["llava", "sharegpt", "messages"]
-FORMATS: tuple[Format, ...] = ("llava", "sharegpt", "messages")
-NAMES = {"llava": "LLaVA", "sharegpt": "ShareGPT", "messages": "HF messages"}
+Format = Literal["llava", "sharegpt", "messages", "rationale"]
+FORMATS: tuple[Format, ...] = ("llava", "sharegpt", "messages", "rationale")
+NAMES = {"llava": "LLaVA", "sharegpt": "ShareGPT", "messages": "HF messages", "rationale": "rationales"}
 KEYS = {"llava": ("conversations",), "sharegpt": ("conversations", "messages"), "messages": ("messages",)}
 IMAGE_MARK = "<image>"
 ROLES = {
@@ -43,11 +44,16 @@ class Raw:
 
 @dataclass(frozen=True)
 class Record:
-    """A checked conversation: it starts with a question, ends with an answer, and every image part has a source."""
+    """A checked conversation: it starts with a question, ends with an answer, and every image part has a source.
+
+    Attributes:
+        steps: of the answer's reasoning, where the record spells them out.
+    """
 
     messages: list[Message]
     images: tuple[ImageSource, ...]
     field: str
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ def detect(values: Iterable[Any], where: str) -> Format:
     if "messages" in first:
         turns = [turn for value in values for turn in _list(value.get("messages")) if isinstance(turn, dict)]
         return "sharegpt" if turns and all(isinstance(turn.get("content"), str) for turn in turns) else "messages"
+    if "question" in first and ("steps" in first or "rationale" in first):
+        return "rationale"
     raise DataError(
         f"{where}: no field 'conversations' (LLaVA, ShareGPT) or 'messages' (HF), it has {_shown(sorted(first))}; "
         "rename the field that holds the turns"
@@ -98,6 +106,10 @@ def parse(raw: Raw, where: str, form: Format, root: Path) -> Record:
     Raises:
         DataError: names the record, the field, the value seen and what to do.
     """
+    if form == "rationale":
+        from distill.data.rationale import parse_rationale
+
+        return parse_rationale(raw, where, root)
     value = raw.value
     key = next((k for k in KEYS[form] if isinstance(value, dict) and k in value), KEYS[form][0])
     if not isinstance(value, dict):

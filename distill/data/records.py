@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from distill.data.batch import Example
 from distill.data.images import open_source
+from distill.data.rationale import step_numbers
 from distill.data.record import NAMES, Format, Record, parse
 from distill.data.source import Source, open_source_of, root_of
 from distill.data.survey import BadSample, Look, Survey, conversation, survey
@@ -85,7 +86,8 @@ class Records(Dataset):  # type: ignore[type-arg]
             pixels = tuple(preprocess.pixels(open_source(image), self.image) for image in record.images)
         except BadImage as error:
             raise DataError(f"{self.where(index)}: field 'image': {error}; it was good when training began") from None
-        return Example(found.ids, found.spans, pixels)
+        steps = step_numbers(found, record, self.tokenizer) if record.steps else None
+        return Example(found.ids, found.spans, pixels, steps)
 
     def record(self, index: int) -> Record:
         number = int(self.numbers[index])

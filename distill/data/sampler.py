@@ -53,4 +53,5 @@ def train_sampler(examples: Any, batch: int, seed: int, group_by_length: bool) -
     """
     if isinstance(examples, Streamed):  # it mixes its rows itself, and can only be read forwards
         return SequentialSampler(examples)
-    return LengthGrouped(examples, batch, seed) if group_by_length and isinstance(examples, Records) else None
+    records = getattr(examples, "examples", examples)  # with weights around them
+    return LengthGrouped(records, batch, seed) if group_by_length and isinstance(records, Records) else None

@@ -36,7 +36,7 @@ SIZES = {"hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate"
 SAVING = ("_save_checkpoint", "write_best", "save_checkpoint")
 # drawing the curves makes more calls than everything else together; moments are meant to lie in the run
 DRAWING = ("loss_curve", "write_report", "plot")
-NUMBERS = ("step", "loss", "sft", "kd", "iva", "tpa", "grad_norm", "learning_rate", "visual_gain")
+NUMBERS = ("step", "loss", "sft", "kd", "iva", "tpa", "concept", "traj", "grad_norm", "learning_rate", "visual_gain")
 HELD_OUT = ("eval_sft", "eval_kd", "eval_iva", "eval_tpa", "eval_loss", "eval_exact_match")
 
 

@@ -112,6 +112,17 @@ def test_an_objective_may_carry_options_of_its_own(
             compare.parse([*arguments(tmp_path), "--objectives", wrong])
 
 
+def test_every_method_can_be_compared(tmp_path: Path) -> None:
+    kpod = "sft:format=rationale;tokens.weights=kpod;schedule=kpod"
+    names = f"sft,sft:optim=fira,lavit,align-ti+lavit,lavit:lavit.gate=hard,sft:format=rationale,{kpod}"
+    plan = compare.parse([*arguments(tmp_path), "--objectives", names])
+    configs = {name: compare.variant("digits", name) for name in plan.objectives}
+    assert configs["align-ti+lavit"].watches
+    assert configs["lavit:lavit.gate=hard"].lavit.gate == "hard"
+    assert (configs[kpod].tokens.weights, configs[kpod].schedule) == ("kpod", "kpod")
+    assert len({compare._folder(name) for name in names.split(",")}) == 7
+
+
 def test_finished_runs_are_not_repeated(runs: Runs, tmp_path: Path) -> None:
     compare.main(arguments(tmp_path / "c"))
     first = len(runs.seen)

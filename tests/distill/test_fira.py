@@ -84,7 +84,7 @@ def test_what_is_not_targeted_is_torch_adamw_bit_for_bit() -> None:
     start = [torch.randn(7), torch.randn(3, 5), torch.randn(2, 3, 4, 4)]
     ours, theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
     fira = Fira([{"params": ours}], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1)
-    adamw = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1)
+    adamw = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     for _ in range(20):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
@@ -156,7 +156,7 @@ def regression(residual: str, refresh: int, seed: int, steps: int = 600) -> tupl
 
 @pytest.mark.parametrize("refresh", [100_000, 50])
 def test_fira_reaches_a_full_rank_target_and_galore_does_not(refresh: int) -> None:
-    for seed in range(3):
+    for seed in range(2):
         ours, rank = regression("orthogonal", refresh, seed)
         theirs, low = regression("none", refresh, seed)
         assert rank == 16
@@ -339,19 +339,15 @@ def test_a_run_updates_layer_by_layer_and_takes_state_over(
         fira = dataclasses.replace(settings, per_layer=per_layer)
         runs.append(dataclasses.replace(config, out=tmp_path / str(per_layer), fira=fira))
         train(runs[-1])
-    capsys.readouterr()
+    assert "residual=orthogonal" in capsys.readouterr().err
     ours, theirs = (load_file(run.out / "student" / "model.safetensors") for run in runs)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     cut = dataclasses.replace(runs[0], out=tmp_path / "cut", save_every=2)
     killing.stop_after(cut, 2)
     kept = cut.out / "checkpoints" / "checkpoint-2"
-    again = dataclasses.replace(
-        runs[0], out=tmp_path / "again", optim="adamw", fira=FiraOptions(), student=str(kept), optim_state=kept
-    )
+    again = dataclasses.replace(runs[0], out=tmp_path / "again", optim="adamw", fira=FiraOptions(), optim_state=kept)
     train(again)
-    said = capsys.readouterr().err
-    assert "residual=orthogonal" in said
-    assert "taken over from" in said
+    assert "taken over from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,502 @@
+"""LaViT: gate, concept and trajectory in closed form, limits, latents in batches and teachers, replacement, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill import access, attention, gate, latents, lavit, replacement
+from distill.batch import Batch, Normaliser
+from distill.config import TERMS, Align, LossWeights, TrainConfig
+from distill.data import Collator, Example, to_batch
+from distill.lavit import Lavit, LavitHead
+from distill.methods import LavitOptions
+from distill.objective import Objective
+from distill.teacher import LiveTeacher
+from distill.train import train
+from tests.distill import killing
+from tests.distill.conftest import Pair
+from tests.tiny import make_student
+from vlm.errors import UserError
+from vlm.load import Checkpoint, load_model, open_checkpoint
+
+LATENTS = 3
+OPTIONS = LavitOptions(latents=LATENTS, layers=2, keep=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A student with latents, a teacher without, and examples about images."""
+
+    student: nn.Module
+    teacher: nn.Module
+    source: Checkpoint
+    examples: list[Example]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.source.tokenizer.spec.latent_token_ids
+
+    def batch(self, latents_too: bool = True, pad_left: bool = False) -> Batch:
+        return to_batch(Collator(0, pad_left, latents=self.ids if latents_too else ())(self.examples))
+
+    def objective(self, terms: tuple[str, ...], weights: LossWeights | None = None, **options: Any) -> Objective:
+        torch.manual_seed(0)
+        chosen = dataclasses.replace(OPTIONS, **options)
+        head = LavitHead(access.width(self.student), access.width(self.teacher), chosen.traj)
+        teacher = LiveTeacher(self.teacher, Align(), 1, chosen)
+        return Objective(terms, weights or LossWeights(), Align(), teacher, 500, Lavit(chosen, head, steps=10))
+
+
+@pytest.fixture(scope="module")
+def setup(qwen2_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    out = tmp_path_factory.mktemp("latents") / "student"
+    source = qwen2_pair.checkpoint
+    path = latents.extend(load_model(source), source, LATENTS, out, seed=0)
+    opened = open_checkpoint(path)
+    return Setup(load_model(opened).train(), qwen2_pair.teacher, opened, qwen2_pair.examples())
+
+
+# ---- closed forms
+
+
+def test_the_gate_opens_along_a_cosine() -> None:
+    for floor in (1e-6, 0.1):
+        assert gate.gamma(0, 400, floor) == pytest.approx(floor)
+        assert gate.gamma(200, 400, floor) == pytest.approx((1 + floor) / 2)
+        assert gate.gamma(400, 400, floor) == gate.gamma(999, 400, floor) == 1.0
+        values = [gate.gamma(t, 400, floor) for t in range(401)]
+        assert values == sorted(values)
+    assert gate.gamma(0, 0, 1e-6) == 1.0
+
+
+def test_the_images_share_of_attention_is_scaled_by_the_factor() -> None:
+    score = torch.randn(9, dtype=torch.float64)
+    image = torch.arange(9) < 4
+    inside, outside = score.exp()[image].sum(), score.exp()[~image].sum()
+    for factor in (1e-6, 0.3, 1.0):
+        held = gate.Gate(math.log(factor), torch.ones(1, 9, dtype=torch.bool), image[None])
+        share = (score + held.key_bias()[0].double()).softmax(dim=0)[image].sum()
+        torch.testing.assert_close(share, factor * inside / (factor * inside + outside), rtol=1e-6, atol=1e-12)
+
+
+def test_concept_is_zero_one_and_two() -> None:
+    wanted = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    seen = torch.tensor([[3.0, 0.0], [0.0, 2.0], [-5.0, 0.0]], requires_grad=True)
+    found = lavit.concept(seen, wanted)
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 2.0]))
+    found.sum().backward()
+    assert wanted.grad is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_uniform_look_at_eight_of_n_costs_the_log_of_their_ratio(reduction: str) -> None:
+    n, k = 24, 3
+    look = torch.full((2, k, n), 1 / n)
+    mass = torch.zeros(2, n)
+    mass[:, :8] = 1 / 8
+    valid = torch.ones(2, k, dtype=torch.bool)
+    times = k if reduction == "sum" else 1
+    torch.testing.assert_close(
+        lavit.trajectory(look, mass, valid, reduction), torch.full((2,), times * math.log(n / 8))
+    )
+    same = mass[:, None].expand(-1, k, -1)
+    torch.testing.assert_close(lavit.trajectory(same, mass, valid, reduction), torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_the_gaze_keeps_the_largest_and_sums_to_one() -> None:
+    score = torch.tensor([[9.0, 1.0, 3.0, 5.0, 2.0, 9.0], [1.0, 1.0, 1.0, 1.0, 7.0, 7.0]])
+    image = torch.tensor([[False, True, True, True, True, False], [True] * 4 + [False] * 2])
+    found = attention.trajectory_of(score, image, keep=2)
+    # min-max of 1 3 5 2 is 0 .5 1 .25; the two largest are 1 and .5
+    torch.testing.assert_close(found[0], torch.tensor([0, 0, 1 / 3, 2 / 3, 0, 0]))
+    torch.testing.assert_close(found[1], torch.tensor([0.25] * 4 + [0, 0]))
+
+
+# ---- latents in batches, teachers without
+
+
+def test_a_student_with_latents_is_a_plain_checkpoint(setup: Setup, qwen2_pair: Pair) -> None:
+    model, source = setup.student, qwen2_pair.checkpoint
+    assert model.config.latent_token_ids == list(setup.ids)
+    table, old = model.get_input_embeddings().weight, load_model(source).get_input_embeddings().weight
+    assert torch.equal(table[: min(setup.ids)], old[: min(setup.ids)])
+    assert not torch.equal(table[setup.ids[0]], table[setup.ids[1]])
+    with pytest.raises(UserError, match="has 3 latent tokens already"):
+        latents.extend(model, setup.source, 4, Path("nowhere"), 0)
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_a_batch_without_its_latents_is_the_batch_before_them(setup: Setup, pad_left: bool) -> None:
+    with_them, plain = setup.batch(pad_left=pad_left), setup.batch(latents_too=False, pad_left=pad_left)
+    assert with_them.latent_BT is not None
+    turns = [1, 1, 2, 1, 1]
+    assert with_them.latent_BT.sum(dim=1).tolist() == [LATENTS * n for n in turns]
+    assert (with_them.response_BT & with_them.latent_BT).sum() == LATENTS * sum(turns)
+    without = latents.take_out(with_them).batch
+    for b in range(len(plain.input_ids_BT)):
+        for name in ("input_ids_BT", "image_BT", "instruction_BT", "response_BT"):
+            ours, theirs = (getattr(x, name)[b][x.attention_mask_BT[b].bool()] for x in (without, plain))
+            assert torch.equal(ours, theirs), name
+
+
+def test_what_a_teacher_says_is_found_at_the_places_with_latents(setup: Setup) -> None:
+    batch, plain = setup.batch(), setup.batch(latents_too=False)
+    teacher = LiveTeacher(setup.teacher, Align(), 1, OPTIONS)
+    ours, theirs = latents.ask(teacher, batch, True, True), teacher(plain, True, True)
+    (sample, place), (_, plain_place) = batch.response_places(), plain.response_places()
+    assert batch.latent_BT is not None
+    answer = ~batch.latent_BT[sample, place]
+    found = ours.rows(sample[answer], place[answer] - 1)
+    expected = theirs.rows(plain.response_places()[0], plain_place - 1)
+    torch.testing.assert_close(found.hidden_RE, expected.hidden_RE, atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(ours.weights()[batch.image_BT], theirs.weights()[plain.image_BT], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        ours.gaze().mass_BT[batch.image_BT], theirs.gaze().mass_BT[plain.image_BT], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(ours.gaze().semantics_BE, theirs.gaze().semantics_BE, atol=1e-5, rtol=1e-4)
+
+
+def test_distillation_terms_do_not_touch_the_latents(setup: Setup) -> None:
+    """With the weight of cross-entropy at zero, kd and tpa are those of the answer's tokens only."""
+    values = setup.objective(TERMS)(setup.student, setup.batch(), Normaliser(1.0, 1.0))[1]
+    seen = LiveTeacher(setup.teacher, Align(), 1)
+    batch = setup.batch()
+    assert batch.latent_BT is not None
+    from distill.head import HeadLoss, Rows
+
+    sample, place = batch.response_places()
+    answer = ~batch.latent_BT[sample, place]
+    hidden = access.gold_pass(setup.student, batch, False).hidden_BTD
+    target = latents.ask(seen, batch, False, False).rows(sample[answer], place[answer] - 1)
+    result = HeadLoss(access.head(setup.student), 500).add(
+        Rows(hidden[sample[answer], place[answer] - 1], target=target, kl_weight_R=torch.ones(int(answer.sum())))
+    )
+    assert result.kl_R is not None
+    torch.testing.assert_close(values["kd"], result.kl_R.sum(), rtol=1e-4, atol=1e-5)
+
+
+# ---- limits
+
+
+def test_an_open_gate_and_no_weight_is_plain_training(setup: Setup) -> None:
+    batch = setup.batch()
+    plain, _ = Objective(("sft",), LossWeights(), Align(), None, 500)(setup.student, batch, Normaliser.of(batch))
+    zero = setup.objective(("sft", "concept", "traj"), LossWeights(concept=0.0, traj=0.0))
+    for step in (None, 4, 9):  # the gate is open from step 4 of 10 on
+        ours, values = zero(setup.student, batch, Normaliser.of(batch), step=step)
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+    assert values["traj"] > 0
+    shut, _ = zero(setup.student, batch, Normaliser.of(batch), step=0)
+    assert abs(float(shut - plain)) > 1e-3
+
+
+def answer_gradient(setup: Setup, gate_prompt: bool, detach: bool) -> float:
+    """Largest gradient of the answer's logits in the image's embeddings under a shut gate."""
+    batch = setup.batch()
+    assert batch.latent_BT is not None
+    found = setup.objective(("sft", "traj"), gate_prompt=gate_prompt).lavit
+    assert found is not None
+    held = found.gate(batch, step=0)
+    handles = []
+    latent = batch.latent_BT[..., None]
+
+    def cut(_: nn.Module, __: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = torch.where(latent, hidden.detach(), hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    if detach:
+        handles = [layer.register_forward_hook(cut) for layer in access.decoder(setup.student).layers]
+    taken = access.inputs(setup.student, batch)
+    embeds = taken.embeds_BTD.detach().requires_grad_(True)
+    original = access.inputs
+    access.inputs = lambda *_: dataclasses.replace(taken, embeds_BTD=embeds)
+    try:
+        hidden = access.gold_pass(setup.student, batch, False, held).hidden_BTD
+    finally:
+        access.inputs = original
+        for handle in handles:
+            handle.remove()
+    sample, place = batch.response_places()
+    answer = ~batch.latent_BT[sample, place]
+    logits = access.head(setup.student).logits(hidden[sample[answer], place[answer] - 1])
+    (gradient,) = torch.autograd.grad(logits.square().sum(), embeds)
+    return float(gradient[batch.image_BT].abs().max())
+
+
+def test_a_shut_gate_leaves_the_latents_as_the_only_way_to_the_image(setup: Setup) -> None:
+    assert answer_gradient(setup, gate_prompt=True, detach=False) > 1e-3
+    # the cut is behind each layer, and the last latent, which predicts the first answer token, is one of them
+    assert answer_gradient(setup, gate_prompt=True, detach=True) < 1e-3 * answer_gradient(setup, True, False)
+    assert answer_gradient(setup, gate_prompt=False, detach=True) > 1e-3, "through the question"
+
+
+class Looking:
+    """Stands in for a tap: every latent attends to the visual tokens in given proportions, wherever they stand."""
+
+    layers = (0, 1)
+
+    def __init__(self, image_BT: Tensor, seen_J: Tensor) -> None:
+        self.image_BT, self.seen_J = image_BT, seen_J
+
+    def rows(self, _: int, index_BK: Tensor, __: Tensor) -> Tensor:
+        found_BT = torch.full(self.image_BT.shape, 0.02)
+        found_BT[self.image_BT] = self.seen_J
+        return found_BT[:, None, None].expand(-1, 2, index_BK.shape[1], -1)
+
+
+def test_a_system_prefix_moves_the_image_and_not_the_loss(setup: Setup) -> None:
+    """Places come from the image token, never from counting from the start."""
+    example = setup.examples[0]
+    visual = example.spans.count("image")
+    seen, mass = torch.rand(2, visual, generator=torch.Generator().manual_seed(0))
+
+    def traj(shift: int, counted: int | None = None) -> float:
+        moved = dataclasses.replace(
+            example, ids=(5,) * shift + example.ids, spans=("template",) * shift + example.spans
+        )
+        batch = to_batch(Collator(0, latents=setup.ids)([moved]))
+        tap = Looking(batch.image_BT, seen)
+        if counted is not None:
+            batch = dataclasses.replace(batch, image_BT=(torch.arange(batch.image_BT.shape[1]) < counted)[None])
+        index, valid = lavit.places(batch.latent_BT)  # type: ignore[arg-type]
+        mass_BT = torch.zeros(batch.image_BT.shape)
+        mass_BT[batch.image_BT] = mass / mass.sum()
+        return float(lavit.trajectory(lavit.attended(tap, index, batch), mass_BT, valid, "mean"))  # type: ignore[arg-type]
+
+    assert traj(7) == pytest.approx(traj(0), rel=1e-6)
+    assert traj(7, counted=visual) != pytest.approx(traj(0), rel=1e-2)
+
+
+def test_both_terms_reach_the_student_and_the_head(setup: Setup) -> None:
+    for traj in ("attention", "head"):
+        for name in ("concept", "traj"):
+            objective = setup.objective(("sft", name), LossWeights(sft=0.0), traj=traj)
+            setup.student.zero_grad()
+            objective(setup.student, setup.batch(), Normaliser(1.0, 1.0), step=9)[0].backward()
+            grad = setup.student.get_parameter("model.language_model.layers.0.self_attn.q_proj.weight").grad
+            assert grad is not None
+            assert grad.abs().max() > 0, (traj, name)
+            trained = dict(objective.extra_parameters())
+            wanted = "lavit.phi.0.weight" if name == "concept" else "lavit.look.weight"
+            if wanted in trained:
+                assert trained[wanted].grad is not None
+                assert trained[wanted].grad.abs().max() > 0
+    setup.student.zero_grad()
+
+
+def test_packing_changes_nothing(setup: Setup) -> None:
+    plain, packed = (
+        Objective((*TERMS, "concept", "traj"), LossWeights(), Align(packing=p), o.teacher, 500, o.lavit)
+        for p in (False, True)
+        for o in [setup.objective(TERMS)]
+    )
+    batch = setup.batch()
+    for step in (1, 9):
+        one, two = (o(setup.student, batch, Normaliser.of(batch), step=step) for o in (plain, packed))
+        for name, value in one[1].items():
+            torch.testing.assert_close(two[1][name], value, atol=2e-5, rtol=1e-4)
+
+
+# ---- replacement
+
+
+class Attention(nn.Module):
+    """Keys and values of one number a token; what is read is the mean of the visible values, or the token's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_proj, self.v_proj = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+
+def hand_built(monkeypatch: pytest.MonkeyPatch, reads_latents: bool) -> nn.Module:
+    """A model of one layer whose answer is the class the first latent carries, or the one the image carries."""
+    model = nn.Module()
+    model.attention = Attention()
+    layer = nn.Module()
+    layer.self_attn = model.attention
+    model.layers = nn.ModuleList([layer])
+    with torch.no_grad():
+        model.attention.v_proj.weight.copy_(torch.eye(8))
+    monkeypatch.setattr(access, "decoder", lambda m: m)
+
+    def matches(m: Any, batch: Batch) -> list[bool]:
+        label_B = batch.input_ids_BT[:, 0] % 4
+        content_BTX = nn.functional.one_hot(label_B, 8).float()[:, None].expand(-1, batch.input_ids_BT.shape[1], -1)
+        m.attention.k_proj(content_BTX)
+        values_BTX = m.attention.v_proj(content_BTX)
+        source_BT = batch.latent_BT if reads_latents else batch.image_BT
+        read_BX = (values_BTX * source_BT[..., None]).sum(dim=1)
+        found: list[bool] = (read_BX.argmax(dim=-1) == label_B).tolist()
+        return found
+
+    monkeypatch.setattr(replacement.evaluate, "matches", matches)
+    return model
+
+
+def labelled(count: int) -> list[Example]:
+    """Samples whose first token is their class, with two image tokens and an answer of one token."""
+    spans = ("template", "image", "image", "response")
+    return [Example((4 + i % 4, 9, 9, 1), spans, ()) for i in range(count)]
+
+
+@pytest.mark.parametrize("reads_latents", [True, False])
+def test_the_replacement_test_tells_who_reads_latents(
+    monkeypatch: pytest.MonkeyPatch, reads_latents: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = hand_built(monkeypatch, reads_latents)
+    found = replacement.measure(model, labelled(48), 48, Collator(0, latents=(90, 91)))
+    replacement.report(found, tmp_path)
+    said = capsys.readouterr().err
+    assert found.exact_match == 1.0
+    drops = {drop.kind: drop.drop for drop in found.drops}
+    if reads_latents:
+        assert min(drops["zero"], drops["random"], drops["shuffled"]) > 0.5
+        assert "latents are load-bearing" in said
+    else:
+        assert set(drops.values()) == {0.0}
+        assert "latents not load-bearing" in said
+    assert json.loads((tmp_path / replacement.FILE).read_text())["load_bearing"] is reads_latents
+
+
+def test_replaced_rows() -> None:
+    latent = torch.tensor([[False, True, True, False], [True, True, False, False]])
+    value = torch.arange(16.0).view(2, 4, 2)
+    generator = torch.Generator().manual_seed(0)
+    zero, first, shuffled = (
+        replacement.replace_rows(value, latent, k, generator) for k in ("zero", "first", "shuffled")
+    )
+    assert not zero[latent].any()
+    assert torch.equal(first[0, 1:3], value[0, 1].expand(2, -1))
+    assert torch.equal(shuffled[0, 1:3], value[1, 0:2])
+    assert torch.equal(shuffled[1, 0:2], value[0, 1:3])
+    for found in (zero, first, shuffled):
+        assert torch.equal(found[~latent], value[~latent])
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    torch.set_num_threads(1)
+    base = killing.recipe(tmp_path_factory.mktemp("models"))
+    return dataclasses.replace(
+        base,
+        objective="align-ti+lavit",
+        eval_every=0,
+        visual_every=0,
+        steps=4,
+        save_every=2,
+        final="last",
+        lavit=dataclasses.replace(OPTIONS, latents=2),
+    )
+
+
+def test_a_run_resumes_to_the_same_bits_and_ends_with_a_plain_student(
+    recipe: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    whole = dataclasses.replace(recipe, out=tmp_path / "whole")
+    train(whole)
+    said = capsys.readouterr().err
+    assert "gaze=renormalised" in said
+    assert "token replacement test" in said
+    assert (whole.out / replacement.FILE).is_file()
+    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
+    killing.stop_after(cut, 3)
+    train(dataclasses.replace(cut, resume=True))
+    assert not killing.differences(whole.out, cut.out)
+    model, info = LlavaForConditionalGeneration.from_pretrained(whole.out / "student", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    processor = AutoProcessor.from_pretrained(whole.out / "student")
+    ids = open_checkpoint(whole.out / "student").tokenizer.spec.latent_token_ids
+    assert model.config.latent_token_ids == list(ids)
+    assert processor.tokenizer.convert_ids_to_tokens(list(ids)) == ["<|latent_1|>", "<|latent_2|>"]
+    assert processor.tokenizer.decode(list(ids), skip_special_tokens=True) == ""
+    metrics = [json.loads(line) for line in (whole.out / "metrics.jsonl").read_text().splitlines()]
+    assert any("concept" in line and "traj" in line for line in metrics)
+
+
+def test_a_cached_teacher_gives_the_same_gaze(recipe: TrainConfig, tmp_path: Path) -> None:
+    from distill.cache_command import main
+
+    words = ["--preset", "digits", "--teacher", str(recipe.teacher), "--student", str(recipe.student)]
+    words += ["--objective", "lavit", "--samples", "20", "--eval_samples", "8", "--batch_size", "2", "--steps", "12"]
+    words += [
+        "--align.iva_layer",
+        "0",
+        "--lavit.latents",
+        "2",
+        "--lavit.layers",
+        "2",
+        "--lavit.keep",
+        "4",
+        "--all_logits",
+    ]
+    assert main([*words, "--out", str(tmp_path / "cache")]) == 0
+    live = dataclasses.replace(recipe, objective="lavit", out=tmp_path / "live", steps=2)
+    cached = dataclasses.replace(live, teacher_cache=tmp_path / "cache", out=tmp_path / "cached")
+    for config in (live, cached):
+        train(config)
+    ours, theirs = (
+        [json.loads(x) for x in (c.out / "metrics.jsonl").read_text().splitlines() if '"concept"' in x]
+        for c in (live, cached)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["concept"] == pytest.approx(b["concept"], abs=2e-3)
+        assert a["traj"] == pytest.approx(b["traj"], abs=5e-3)
+    with pytest.raises(UserError, match="needs the teacher's gaze"):
+        train(dataclasses.replace(cached, out=tmp_path / "other", lavit=dataclasses.replace(recipe.lavit, keep=3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [
+        ({"objective": "sft", "lavit": LavitOptions(latents=2)}, "add --objective lavit"),
+        ({"objective": "lavit", "fsdp": True}, "use DDP"),
+        ({"objective": "lavit", "gradient_checkpointing": True}, "drop --gradient_checkpointing"),
+        ({"objective": "align-ti+lavit", "align": Align(layout="appended")}, r"align\.layout cached"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], seen: str) -> None:
+    with pytest.raises(UserError, match=seen):
+        TrainConfig(preset="digits", **changes)
+    with pytest.raises(UserError, match=r"lavit\.gate_floor"):
+        LavitOptions(gate_floor=0.0)
+
+
+def test_frozen_embeddings_are_refused(recipe: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="their embeddings must train"):
+        train(dataclasses.replace(recipe, freeze="embeddings", out=tmp_path / "run"))
+
+
+def test_latents_are_put_before_every_answer() -> None:
+    from distill.data.latent import put_in
+
+    spans = ("template", "response", "response", "template", "response")
+    example = Example(
+        (1, 2, 3, 4, 5), spans, (), np.array([0, 1, 1, 0, 2], np.int16), np.array([1, 0.5, 0.5, 1, 2], np.float32)
+    )
+    found = put_in(example, (8, 9))
+    assert found.ids == (1, 8, 9, 2, 3, 4, 8, 9, 5)
+    assert found.spans == ("template", *["response"] * 4, "template", *["response"] * 3)
+    assert found.steps is not None
+    assert found.weights is not None
+    assert found.steps.tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 2]
+    assert found.weights.tolist() == [1, 1, 1, 0.5, 0.5, 1, 1, 1, 2]
+
+
+def test_make_student_has_no_latents(tmp_path: Path) -> None:
+    assert open_checkpoint(make_student(tmp_path, **killing.SIZES)).tokenizer.spec.latent_token_ids == ()
