@@ -18,6 +18,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -90,9 +91,8 @@ def server(text: Path, mmproj: Path) -> Iterator[Ask]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(text), "--clip_model_path", str(mmproj)]
     command += ["--chat_format", "mtmd", "--n_ctx", str(CONTEXT), "--n_threads", "1", "--port", str(port)]
-    child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would stop the server when it is full
+    child = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=dict(os.environ))
 
     def call(path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -116,13 +116,17 @@ def server(text: Path, mmproj: Path) -> Iterator[Ask]:
                 break
             except (urllib.error.URLError, ConnectionError):
                 if child.poll() is not None or time.monotonic() > deadline:
-                    assert child.stderr is not None
-                    raise RuntimeError(f"the server did not start: {child.stderr.read()[-300:]}") from None
+                    log.seek(0)
+                    raise RuntimeError(f"the server did not start: {log.read()[-300:]}") from None
                 time.sleep(0.2)
         yield ask
     finally:
         child.terminate()
         child.wait()
+        log.close()
+
+
+PROGRAMS = {"handler": ("MTMDChatHandler", handler), "server": ("OpenAI server", server)}
 
 
 def main() -> None:
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("artefact", type=Path)
     parser.add_argument("--pairs", type=int, default=50)
     parser.add_argument("--out", type=Path, help="keep the JSON here too")
+    parser.add_argument("--programs", default="handler,server")
     given = parser.parse_args()
     manifest = read_manifest(given.artefact)
     text, mmproj = (manifest.path_of(given.artefact, role) for role in ("text_gguf", "mmproj"))
@@ -137,7 +142,8 @@ def main() -> None:
     samples = [digits.sample("test", index, seed=1) for index in range(given.pairs)]
     wanted = ours(given.artefact, samples)
     rows = []
-    for name, program in (("MTMDChatHandler", handler), ("OpenAI server", server)):
+    for short in given.programs.split(","):
+        name, program = PROGRAMS[short]
         with program(text, mmproj) as ask:
             for shown, change in (("tower's side", lambda i: resize(i, spec)), ("as drawn", lambda i: i)):
                 got = [ask(change(s.image), s.question) for s in samples]
