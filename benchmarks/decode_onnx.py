@@ -8,7 +8,7 @@ The share of memory bandwidth counts packed weights and cache read per token ove
     python -m benchmarks.decode_onnx --student DIR --artefact ARTEFACT --rounds 12 --threads 2 \\
         --genai-path FOLDER_WITH_ONNXRUNTIME_GENAI --out benchmarks/results/decode_onnx.json
 
-On a machine that others use, take --threads 1 --clock cpu: processor seconds then, and no share of bandwidth.
+On a machine that others use, take --threads 1 --clock cpu: processor seconds then, for the read rate too.
 DIR comes from `python -m benchmarks.export_onnx --keep-student DIR`, ARTEFACT from `python -m export --precision int4`.
 """
 
@@ -144,11 +144,11 @@ def time_genai(model: Genai, ids: list[int], tokens: int, clock: Callable[[], fl
     return rate, [int(t) for t in generator.get_sequence(0)[len(ids) : len(ids) + tokens]]
 
 
-def read_rate(buffer: Any) -> float:
+def read_rate(buffer: Any, clock: Callable[[], float]) -> float:
     """Bytes per second of summing a gigabyte."""
-    started = time.perf_counter()
+    started = clock()
     buffer.sum()
-    return buffer.numel() * buffer.element_size() / (time.perf_counter() - started)
+    return float(buffer.numel() * buffer.element_size() / (clock() - started))
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.set_defaults(rounds=12, threads=2)
     arguments.add_argument("--student", type=Path, required=True)
-    arguments.add_argument("--artefact", type=Path, required=True)
+    arguments.add_argument("--artefact", type=Path, nargs="+", required=True)
     arguments.add_argument("--context", type=int, default=256)
     arguments.add_argument("--tokens", type=int, default=64)
     arguments.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -170,49 +170,62 @@ def main() -> None:
     folder = given.genai or Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
     if not (folder / "genai_config.json").is_file():
         build_genai(given.student, folder, given.genai_path)
-    ours, theirs = OurDecoder(given.artefact, given.threads), Genai(folder, given.threads)
-    manifest = read_manifest(given.artefact)
-    ids = np.random.default_rng(0).integers(5, manifest.model["vocab_size"], given.context).tolist()
-    buffer = torch.ones(1 << (28 if given.clock == "wall" else 1), dtype=torch.float32)
+    artefacts = {f"ours, {root.name}" if len(given.artefact) > 1 else "ours": root for root in given.artefact}
+    theirs = Genai(folder, given.threads)
+    manifests = {name: read_manifest(root) for name, root in artefacts.items()}
+    first = manifests[next(iter(manifests))]
+    ids = np.random.default_rng(0).integers(5, first.model["vocab_size"], given.context).tolist()
+    clock = CLOCKS[given.clock]
     sides: dict[str, Callable[[], tuple[float, list[int]]]] = {
-        "ours": lambda: time_ours(ours, ids, given.tokens, CLOCKS[given.clock]),
-        "genai": lambda: time_genai(theirs, ids, given.tokens, CLOCKS[given.clock]),
+        "genai": lambda: time_genai(theirs, ids, given.tokens, clock)
     }
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    said: dict[str, list[int]] = {}
-    bandwidth = []
-    for turn in range(given.rounds + 1):
-        for name in list(sides) if turn % 2 else list(sides)[::-1]:
-            rate, said[name] = sides[name]()
-            if turn:
-                rates[name].append(rate)
-        bandwidth.append(read_rate(buffer) if given.clock == "wall" else 1.0)
-        if turn:
-            print(
-                turn,
-                {k: round(v[-1], 1) for k, v in rates.items()},
-                f"{bandwidth[-1] / 1e9:.1f} GB/s read",
-                file=sys.stderr,
-            )
-    per_token = manifest.model["decoder_weight_bytes"] + given.context * manifest.model["kv_bytes_per_token"]
+    for name, root in artefacts.items():
+        decoder = OurDecoder(root, given.threads)
+        sides[name] = lambda decoder=decoder: time_ours(decoder, ids, given.tokens, clock)  # type: ignore[misc]
+    rates, said, bandwidth = run_rounds(sides, given.rounds, clock)
+    per_token = {
+        name: m.model["decoder_weight_bytes"] + given.context * m.model["kv_bytes_per_token"]
+        for name, m in manifests.items()
+    }
     peak = statistics.median(bandwidth)
-    wall = given.clock == "wall"
     settings = {
         "context": given.context,
         "tokens": given.tokens,
         "clock": given.clock,
         "threads": given.threads,
         "bytes_per_token": per_token,
-        "read_bandwidth_bytes_s": peak if wall else None,
-        "share_of_bandwidth": {k: statistics.median(v) * per_token / peak for k, v in rates.items()} if wall else None,
+        "read_bandwidth_bytes_s": peak,
+        "share_of_bandwidth": {k: statistics.median(rates[k]) * size / peak for k, size in per_token.items()},
         "tokens_s": rates,
-        "same_greedy_tokens": int(np.argmin([*map(int.__eq__, said["ours"], said["genai"]), False])),
+        "bandwidth_bytes_s": bandwidth,
+        "same_greedy_tokens": {k: int(np.argmin([*map(int.__eq__, said[k], said["genai"]), False])) for k in artefacts},
     }
-    finish(
-        [compare("int4 decode against onnxruntime-genai", rates["ours"], rates["genai"], "tokens/s")],
-        settings,
-        given.out,
-    )
+    what = "int4 decode against onnxruntime-genai"
+    rows = [compare(what if k == "ours" else f"{what} ({k})", rates[k], rates["genai"], "tokens/s") for k in artefacts]
+    finish(rows, settings, given.out)
+
+
+def run_rounds(
+    sides: dict[str, Callable[[], tuple[float, list[int]]]], rounds: int, clock: Callable[[], float]
+) -> tuple[dict[str, list[float]], dict[str, list[int]], list[float]]:
+    """Tokens per second of each side in turns, what each said last, and the read rate beside every round."""
+    import torch
+
+    buffer = torch.ones(1 << 28, dtype=torch.float32)
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    said: dict[str, list[int]] = {}
+    bandwidth: list[float] = []
+    names = list(sides)
+    for turn in range(rounds + 1):  # the first warms up
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            rate, said[name] = sides[name]()
+            if turn:
+                rates[name].append(rate)
+        if turn:
+            bandwidth.append(read_rate(buffer, clock))
+            print(turn, {k: round(v[-1], 1) for k, v in rates.items()}, file=sys.stderr, flush=True)
+    return rates, said, bandwidth
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Result, finish, parser
+from benchmarks.common import Result, compare, finish, parser
 
 # random weights are chaotic: rounding them to 4 bits gives another function, and the gate rightly says so
 GATE_FAILED = (0, 1)
@@ -184,17 +184,25 @@ def measure(command: list[str], log: Path, allowed: tuple[int, ...] = (0,)) -> R
 
 
 def ours(student: Path, out: Path, precision: str, log: Path) -> Run:
+    return measure(_command(student, out, precision), log, GATE_FAILED)
+
+
+def _command(student: Path, out: Path, precision: str, *more: str) -> list[str]:
     command = [sys.executable, "-m", "export", "--target", "onnx", "--precision", precision, "--student", str(student)]
-    return measure([*command, "--out", str(out), "--samples", "0", "--no-ablation", "--json"], log, GATE_FAILED)
+    return [*command, "--out", str(out), "--samples", "0", "--no-ablation", "--json", *more]
 
 
 def main() -> None:
     arguments = parser(__doc__ or "")
+    arguments.set_defaults(rounds=1)
     arguments.add_argument("--precisions", default="fp32,fp16,int4")
-    arguments.add_argument("--plain", default="fp32,int4", help="precisions of the plain side")
+    arguments.add_argument("--plain", default="fp32,fp16,int4", help="precisions of the plain side")
     arguments.add_argument("--student", type=Path, help="a student made earlier with --keep-student")
     arguments.add_argument("--keep-student", type=Path, help="write the student here and stop")
     arguments.add_argument("--keep", type=Path, help="keep our artefacts under this folder")
+    arguments.add_argument(
+        "--at-most", type=int, default=1000, help="processes to run now; --out goes on from its file"
+    )
     arguments.add_argument("--optimum-python", help="interpreter with optimum-onnx")
     arguments.add_argument(
         "--side", nargs=3, metavar=("STUDENT", "OUT", "PRECISION"), help="run the plain side, internal"
@@ -225,32 +233,71 @@ def _compare(given: Any, scratch: Path) -> None:
     student = given.student or scratch / "student"
     if not given.student:
         build_student(student)
-    half_bytes = 2 * parameters(student)
-    rows: list[Result] = []
-    detail: dict[str, Any] = {}
-    for precision in given.precisions.split(","):
-        out = (given.keep or scratch) / f"ours-{precision}"
-        mine = ours(student, out, precision, scratch / "log")
-        size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-        if not given.keep:
-            shutil.rmtree(out)
-        verified = json.loads((out / "manifest.json").read_text())["verified"]
-        detail[precision] = {"ours": {**vars(mine), "bytes": size, "verified": verified}}
-        if not given.keep:
-            shutil.rmtree(out)
-        rows.append(_row(f"peak memory of {precision} per byte of fp16 weights", mine.peak, half_bytes, "bytes"))
-        print(precision, detail[precision], f"{mine.peak / half_bytes:.3f}", file=sys.stderr, flush=True)
-        if precision in given.plain.split(","):
-            command = [sys.executable, "-m", "benchmarks.export_onnx", "--side", str(student), str(scratch / "plain")]
-            theirs = measure([*command, precision], scratch / "log")
-            shutil.rmtree(scratch / "plain")
-            detail[precision]["plain"] = vars(theirs)
-            print(precision, "plain", vars(theirs), file=sys.stderr, flush=True)
-            rows.append(_row(f"processor seconds of {precision} against torch.onnx.export", mine.cpu, theirs.cpu, "s"))
-            rows.append(_row(f"peak memory of {precision} against torch.onnx.export", mine.peak, theirs.peak, "bytes"))
+    precisions = given.precisions.split(",")
+    sides = [
+        (side, p) for p in precisions for side in ("ours", "plain") if side == "ours" or p in given.plain.split(",")
+    ]
     if given.optimum_python:
-        rows += _optimum(given.optimum_python, student, scratch, detail)
-    finish(rows, {"parameters": half_bytes // 2, "fp16_weight_bytes": half_bytes, "detail": detail}, given.out)
+        sides.append(("optimum", "fp32"))
+    runs: dict[str, list[dict[str, Any]]] = {}
+    if given.out and given.out.is_file():
+        runs = json.loads(given.out.read_text())["settings"]["runs"]
+    waiting = [
+        (side, p) for turn in range(given.rounds) for side, p in sides if len(runs.get(f"{side} {p}", ())) <= turn
+    ]
+    half_bytes = 2 * parameters(student)
+    for side, precision in waiting[: given.at_most]:
+        made = _run_side(side, precision, given, student, scratch)
+        runs.setdefault(f"{side} {precision}", []).append(made)
+        print(side, precision, made, file=sys.stderr, flush=True)
+        settings = {"parameters": half_bytes // 2, "fp16_weight_bytes": half_bytes, "runs": runs}
+        finish(_rows(runs, precisions, half_bytes), settings, given.out)
+
+
+def _run_side(side: str, precision: str, given: Any, student: Path, scratch: Path) -> dict[str, Any]:
+    log, out = scratch / "log", scratch / "out"
+    if side == "optimum":
+        made: dict[str, Any] = vars(_optimum(given.optimum_python, student, scratch))
+    elif side == "plain":
+        command = [sys.executable, "-m", "benchmarks.export_onnx", "--side", str(student), str(out), precision]
+        made = vars(measure(command, log))
+    else:
+        out = given.keep / f"ours-{precision}" if given.keep else out
+        made = vars(ours(student, out, precision, log))
+        made |= {"verified": json.loads((out / "manifest.json").read_text())["verified"]}
+        estimate = json.loads(
+            subprocess.check_output(_command(student, out, precision, "--dry-run"), text=True).splitlines()[-1]
+        )
+        made |= {
+            "said_peak": estimate["peak_rss_bytes"],
+            "said_seconds": estimate["seconds"],
+            "said_bytes": estimate["bytes"],
+        }
+    made["bytes"] = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    if out.parent == scratch:
+        shutil.rmtree(out)
+    return made
+
+
+def _rows(runs: dict[str, list[dict[str, Any]]], precisions: list[str], half_bytes: int) -> list[Result]:
+    rows = []
+    for precision in precisions:
+        mine, theirs = runs.get(f"ours {precision}", []), runs.get(f"plain {precision}", [])
+        if not mine:
+            continue
+        peaks = [run["peak"] for run in mine]
+        per_byte = [float(half_bytes)] * len(peaks)
+        rows.append(compare(f"peak memory of {precision} per byte of fp16 weights", peaks, per_byte, "bytes"))
+        rows += _pairs(mine, theirs, f"of {precision} against torch.onnx.export")
+    what = "of fp32, all three graphs, against optimum-onnx, text decoder only"
+    return rows + _pairs(runs.get("ours fp32", []), runs.get("optimum fp32", []), what)
+
+
+def _pairs(mine: list[dict[str, Any]], theirs: list[dict[str, Any]], what: str) -> list[Result]:
+    n = min(len(mine), len(theirs))
+    kinds = (("processor seconds", "cpu", "s"), ("seconds", "wall", "s"), ("peak memory", "peak", "bytes"))
+    sides = [(name, [r[key] for r in mine[:n]], [r[key] for r in theirs[:n]], unit) for name, key, unit in kinds]
+    return [compare(f"{name} {what}", a, b, unit) for name, a, b, unit in sides if n]
 
 
 def save_text_decoder(student: Path, directory: Path) -> None:
@@ -269,25 +316,12 @@ def save_text_decoder(student: Path, directory: Path) -> None:
     AutoTokenizer.from_pretrained(student).save_pretrained(directory)
 
 
-def _optimum(python: str, student: Path, scratch: Path, detail: dict[str, Any]) -> list[Result]:
+def _optimum(python: str, student: Path, scratch: Path) -> Run:
     """optimum-onnx on the text decoder alone: it has no configuration for LLaVA."""
     save_text_decoder(student, scratch / "text")
     command = [python, "-m", "optimum.exporters.onnx", "--model", str(scratch / "text"), "--dtype", "fp32"]
     options = ["--task", "text-generation-with-past", "--no-post-process"]
-    theirs = measure([*command, *options, str(scratch / "optimum")], scratch / "log")
-    detail["optimum-onnx, text decoder, fp32"] = vars(theirs)
-    mine = detail.get("fp32", {}).get("ours")
-    if mine is None:
-        return []
-    what = "of fp32, all three graphs, against optimum-onnx, text only"
-    return [
-        _row(f"processor seconds {what}", mine["cpu"], theirs.cpu, "s"),
-        _row(f"peak memory {what}", mine["peak"], theirs.peak, "bytes"),
-    ]
-
-
-def _row(name: str, a: float, b: float, unit: str) -> Result:
-    return Result(name, a / b, a, b, unit, 1, (a / b, a / b))
+    return measure([*command, *options, str(scratch / "out")], scratch / "log")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from export.measure import ablate, costliest, measure
 from export.options import ExportOptions
 from export.precision import KINDS, PARTS, Precision, parse_precision
 from export.preflight import preflight
+from export.questions import Question, divide, read_questions
 from export.stages import Stages, stages_of
 from export.student import Student, open_student
 from export.trt_precision import TRT_KINDS, TRT_PARTS, parse_trt_precision
@@ -68,16 +69,19 @@ def export_all(runs: Sequence[ExportOptions]) -> list[Result]:
     note(f"student {first.student}")
     for run in runs:
         preflight(run)  # a full disk is better found before the work than after it
+    asked, rest = (
+        divide(read_questions(first.data, first.images), first.samples, first.seed) if first.data else ([], [])
+    )
     started = time.monotonic()
     student: Student | None = open_student(checkpoint)
     note("asking PyTorch for reference answers")
     assert student is not None
-    evidence = collect(student, first.samples, first.seed)
+    evidence = collect(student, first.samples, first.seed, questions=asked, task=first.data.stem if first.data else "")
     results: list[Result] = []
     for run in runs:
         note(f"writing {run.target} {run.precision} to {run.out}")
         with stages_of(run.out) as stages, atomic_dir(run.out) as work:
-            making = Making(student, evidence, run, work, stages)
+            making = Making(student, evidence, run, work, stages, rest)
             if run is runs[-1]:
                 student = None  # the making drops it when the files are written
             manifest = making.finish()
@@ -106,6 +110,7 @@ class Making:
     run: ExportOptions
     root: Path
     stages: Stages
+    questions: Sequence[Question] = ()
     calibration: Calibration | None = None
 
     @property
@@ -123,7 +128,8 @@ class Making:
         steps: list[str] = []
         while True:
             rows = self.ablation(manifest, storage, wanted=self.run.auto_precision and not manifest.verified)
-            raised = None if manifest.verified or not self.run.auto_precision else _raise_worst(storage.precision, rows)
+            failing = manifest.parity["failures"] if self.run.auto_precision else []
+            raised = _raise_worst(storage.precision, failing, rows) if failing else None
             if raised is None:
                 break
             steps.append(raised.text())
@@ -151,11 +157,16 @@ class Making:
         """Precision with everything calibration has to say."""
         storage = plan_storage(self.run)
         if not _needs_calibration(self.run, storage.precision):
+            if self.run.calibration is not None:
+                note(f"{self.run.precision} needs no calibration: --calibration {self.run.calibration} is not read")
             return storage
-        note("calibrating on real images")
+        foreign = self.run.calibration is None and not self.questions and self.evidence.task != "digits"
+        hint = "digits, which this student does not know; --calibration or more --data gives it better images"
+        note(f"calibrating on {hint if foreign else 'real images'}")
         ranges = storage.precision.vision == "int8" or self.run.awq or self.run.algorithm == "search"
         count = 0 if ranges or self.run.auto_precision else PEAK_PROMPTS
-        self.calibration = observe(self.student, *calibration_prompts(self.student, self.run.calibration, count))
+        prompts = calibration_prompts(self.student, self.run.calibration, count, self.questions)
+        self.calibration = observe(self.student, *prompts)
         if self.run.awq:
             parts = [p for p in PARTS if p != "embed" and KINDS[getattr(storage.precision, p)].bits == 4]
             self.loaded = fold_scales(self.student, self.calibration, 4, parts)
@@ -203,9 +214,12 @@ def plan_storage(run: ExportOptions) -> to_onnx.Storage:
     return to_onnx.Storage(precision, run.flavour or precision.flavour, run.algorithm)
 
 
-def _raise_worst(precision: Precision, rows: list[dict[str, Any]]) -> Precision | None:
-    """The part whose restoration helped most, one step up; None if nothing is left to raise."""
-    for part in costliest(rows):
+def _raise_worst(precision: Precision, failing: list[str], rows: list[dict[str, Any]]) -> Precision | None:
+    """The part one measure alone depends on, else the one whose restoration helped most, a step up; None at the top."""
+    alone = [
+        part for part, sign in (("vision", ": cosine "), ("embed", "embeddings: ")) if any(sign in f for f in failing)
+    ]
+    for part in (*alone, *costliest(rows)):
         if raised := precision.raised(part):
             return raised
     return None

@@ -44,9 +44,13 @@ def export_parser() -> argparse.ArgumentParser:
         help=f"{offered} (default: the first; gguf the first two); onnx also per part: int4,PART=KIND with {', '.join(PARTS)}; "
         f"tensorrt with {', '.join(TRT_PARTS)}; gguf with {', '.join(gguf_precision.PARTS)}",
     )
+    parser.add_argument(
+        "--data", type=Path, help="JSON (lines) of the student's own questions: image, question, answer"
+    )
+    parser.add_argument("--images", type=Path, help="folder of the images of --data (default: that of the file)")
     parser.add_argument("--samples", type=int, default=200, help="unseen samples for the accuracy gate (default 200)")
     parser.add_argument("--seed", type=natural, default=0, help="of the samples drawn (default 0)")
-    parser.add_argument("--calibration", type=Path, help="folder of images (default: training images of the task)")
+    parser.add_argument("--calibration", type=Path, help="folder of images (default: the rest of --data, or digits)")
     both = parser.add_argument_group("for --target onnx and tensorrt")
     both.add_argument("--algorithm", choices=ALGORITHMS, default="default", help="how 4-bit scales are chosen")
     both.add_argument("--awq", action="store_true", help="fold activation-aware scales into weights before rounding")
@@ -121,6 +125,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         imatrix=arguments.imatrix,
         no_imatrix=arguments.no_imatrix,
         llama_cpp=arguments.llama_cpp,
+        data=arguments.data,
+        images=arguments.images,
     )
     runs = plan_runs(asked, arguments.out, arguments.precision)
     _quiet_libraries()

@@ -55,7 +55,7 @@ class FusedLayer(nn.Module):
             self.k_norm = RMSNorm(student, attention.k_norm, recipe.dtype)
         self.o = linear(recipe, attention.o_proj)
         self.norm2 = SkipNorm(recipe, source.post_attention_layernorm)
-        self.gate, self.up = linear(recipe, source.mlp.gate_proj), linear(recipe, source.mlp.up_proj)
+        self.gate_up, self.width = linear(recipe, source.mlp.gate_proj, source.mlp.up_proj), facts.intermediate
         self.down = linear(recipe, source.mlp.down_proj)
         self.activation = source.mlp.act_fn
 
@@ -92,7 +92,8 @@ class FusedLayer(nn.Module):
         """Normalised input and residual -> branch output, residual, cache."""
         mixed, keys, values = self.attend(y, common, past_k, past_v)
         z, x = self.norm2(self.o(mixed), x)
-        return self.down(self.activation(self.gate(z)) * self.up(z)), x, keys, values
+        gate, up = self.gate_up(z).split(self.width, dim=-1)
+        return self.down(self.activation(gate) * up), x, keys, values
 
 
 class FusedDecoder(nn.Module):

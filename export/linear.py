@@ -243,7 +243,11 @@ class PlainBlockLinear(_Packed):
 
 
 class StaticLinear(_Packed):
-    """Static QDQ: activations uint8 over their calibrated range, weights int8 per output column."""
+    """Static QDQ: activations uint8 over their calibrated range, weights symmetric per output column.
+
+    Weights are uint8 around 128: processors with AVX2 alone add pairs of uint8 x int8 products in 16 bits, where they
+    saturate, and the result is off by several times the rounding error.
+    """
 
     def __init__(self, recipe: Recipe, source: Any) -> None:
         super().__init__(recipe, (source,), torch.float32)
@@ -252,7 +256,8 @@ class StaticLinear(_Packed):
         step = max((high - low) / 255, 1e-12)
         self.register_buffer("step", torch.tensor(step))
         self.register_buffer("zero", torch.tensor(round(-low / step), dtype=torch.uint8))
-        hold(self, "weight", (self.columns, self.rows), torch.int8, self._codes)
+        self.register_buffer("middle", torch.full((self.rows,), 128, dtype=torch.uint8))
+        hold(self, "weight", (self.columns, self.rows), torch.uint8, self._codes)
         hold(self, "scales", (self.rows,), torch.float32, self._scales)
 
     def _scales(self) -> Any:
@@ -261,8 +266,8 @@ class StaticLinear(_Packed):
 
     def _codes(self) -> Any:
         scales = torch.from_numpy(self._scales())
-        codes = ((r, (w / scales[r, None]).round().to(torch.int8).t().numpy()) for r, w in self.chunks())
-        return self.gather((self.columns, self.rows), np.int8, codes, axis=1)
+        codes = ((r, ((w / scales[r, None]).round() + 128).to(torch.uint8).t().numpy()) for r, w in self.chunks())
+        return self.gather((self.columns, self.rows), np.uint8, codes, axis=1)
 
     def forward(self, x: Tensor) -> Tensor:
         codes = torch.onnx.ops.symbolic(
@@ -273,7 +278,7 @@ class StaticLinear(_Packed):
         )
         weight = torch.onnx.ops.symbolic(
             "DequantizeLinear",
-            (self.weight, self.scales),
+            (self.weight, self.scales, self.middle),
             {"axis": 1},
             dtype=torch.float32,
             shape=(self.columns, self.rows),

@@ -17,7 +17,7 @@ from export.ort import OnnxBackend
 from export.parity import Gate
 from export.precision import PARTS
 from export.reference import TorchBackend
-from export.replay import Backend, greedy
+from export.replay import Backend
 from export.student import Student, open_student
 from vlm.console import note
 from vlm.load import Checkpoint
@@ -46,7 +46,7 @@ def measure(checkpoint: Checkpoint, evidence: Evidence, root: Path, manifest: Ma
         found += parity.all_failures(cases, gate)
         stop = checkpoint.tokenizer.spec.eos_token_ids
         extra["golden_ids"] = [
-            list(greedy(backend, case.prompt, stop, len(golden.token_ids)))
+            list(parity.golden_answer(backend, case.prompt, golden.token_ids, cases[case.name], stop))
             for case, golden in zip(evidence.cases, evidence.golden, strict=False)
         ]
         scores, missed = accuracy(backend, _reference(checkpoint), checkpoint.tokenizer, evidence, gate)

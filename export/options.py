@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from export import gguf_precision
-from export.precision import ALGORITHMS, FLAVOURS, KINDS, Algorithm, Flavour, parse_precision
+from export.precision import ALGORITHMS, FLAVOURS, KINDS, PARTS, Algorithm, Flavour, parse_precision
 from export.trt_precision import PRESETS, parse_trt_precision
 from vlm.errors import UserError
 
@@ -50,6 +50,7 @@ class ExportOptions:
         awq: fold activation-aware scales into the weights before rounding.
         calibration: folder of images; None takes the training images of the student's own task.
         auto_precision: raise the worst part until the gates hold.
+        data, images: file of the student's own questions, and the folder its images are in; None takes the digits.
         ablation: measure what each part's precision costs; None does so for students below ABLATION_PARAMETERS.
         imatrix: importance matrix for gguf; None gathers one where it helps.
         no_imatrix: quantise without one.
@@ -72,6 +73,8 @@ class ExportOptions:
     imatrix: Path | None = None
     no_imatrix: bool = False
     llama_cpp: Path | None = None
+    data: Path | None = None
+    images: Path | None = None
 
     def __post_init__(self) -> None:
         if self.target == "onnx":
@@ -98,8 +101,20 @@ class ExportOptions:
                 )
         if self.imatrix is not None and (self.no_imatrix or self.calibration is not None):
             raise UserError("--imatrix names a finished importance matrix; leave out --no-imatrix and --calibration")
+        if self.target == "onnx" and (self.awq or self.algorithm == "search"):
+            self._check_four_bits()
+        if self.images is not None and self.data is None:
+            raise UserError(f"--images {self.images} is the folder of --data, which is missing")
         if self.calibration is not None and not self.calibration.is_dir():
             raise UserError(f"--calibration {self.calibration} is not a folder; name a folder of images")
+
+    def _check_four_bits(self) -> None:
+        precision = parse_precision(self.precision)
+        kinds = {part: KINDS[getattr(precision, part)].bits for part in PARTS}
+        option = "--awq" if self.awq else "--algorithm search"
+        # a table of embeddings is looked up, not multiplied: there is no norm before it to fold into
+        if 4 not in (kinds[part] for part in PARTS if not self.awq or part != "embed"):
+            raise UserError(f"{option} does nothing at --precision {self.precision}; leave it out or choose int4")
 
 
 def run_name(student: Path) -> str:

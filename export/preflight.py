@@ -13,6 +13,7 @@ from export import to_gguf
 from export.gguf_precision import parse_gguf
 from export.options import ExportOptions
 from export.precision import BLOCK, KINDS, PARTS, parse_precision
+from export.questions import read_questions
 from export.student import Facts, check_decoder, read_facts
 from export.trt_precision import BLOCKS, TRT_KINDS, TRT_PARTS, parse_trt_precision
 from vlm.console import note
@@ -42,7 +43,7 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the student cannot be exported.
-        UserError: it does not fit on the disk.
+        UserError: it does not fit on the disk, or its questions are malformed.
     """
     check_target(run.out)
     checkpoint = open_checkpoint(run.student)
@@ -51,6 +52,8 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
         check_decoder(checkpoint, facts)
     if run.target == "gguf":
         to_gguf.check(checkpoint, facts, run)
+    if run.data is not None:
+        read_questions(run.data, run.images)
     shapes = tensor_shapes(checkpoint)
     needed = _bytes(run, facts, shapes)
     count = sum(int(np.prod(shape)) for shape in shapes.values())

@@ -75,6 +75,32 @@ def greedy_batch(student: Student, prompts: Sequence[Prompt], stop: Sequence[int
     return answers
 
 
+def greedy_padded(student: Student, prompts: Sequence[Prompt], steps: int) -> list[tuple[int, ...]]:
+    """`steps` greedy tokens after each prompt, stop tokens or not; all prompts in one left-padded batch."""
+    import torch
+
+    length, pad = max(len(p.ids) for p in prompts), student.checkpoint.tokenizer.spec.pad_token_id
+    ids = torch.tensor([(pad,) * (length - len(p.ids)) + p.ids for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p.ids)) + [1] * len(p.ids) for p in prompts])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    feed: dict[str, Any] = {
+        "input_ids": ids,
+        "pixel_values": TorchBackend(student)._pixels([p.image for p in prompts]),
+    }
+    said: list[Any] = []
+    with torch.no_grad():
+        while True:
+            outputs = student.model(
+                **feed, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+            )
+            said.append(outputs.logits[:, -1].argmax(-1))
+            if len(said) == steps:
+                return [tuple(row) for row in torch.stack(said, dim=1).tolist()]
+            feed = {"input_ids": said[-1][:, None], "past_key_values": outputs.past_key_values}
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            positions = positions[:, -1:] + 1
+
+
 def _equal_lengths(student: Student, prompts: list[Prompt], stop: Sequence[int], limit: int) -> list[tuple[int, ...]]:
     import torch
 

@@ -186,6 +186,8 @@ def check_decoder(checkpoint: Checkpoint, facts: Facts) -> None:
     rope = (text.rope_parameters or {}).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise CheckpointError(f"{where}: rope_type {rope!r} cannot be exported; known: {', '.join(ROPE_TYPES)}")
+    if (share := (text.rope_parameters or {}).get("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError(f"{where}: partial_rotary_factor {share} cannot be exported; only 1.0")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise CheckpointError(f"{where}: layer types {sorted(kinds)} cannot be exported; only full attention")
@@ -193,6 +195,11 @@ def check_decoder(checkpoint: Checkpoint, facts: Facts) -> None:
 
 def _check(checkpoint: Checkpoint, config: Any, facts: Facts) -> None:
     where = f"{checkpoint.directory}/config.json"
+    if facts.tower == "siglip2_vision_model":
+        raise CheckpointError(
+            f"{where}: {facts.tower} is the NaFlex tower, whose images have no common number of visual tokens; "
+            "take a SigLIP 2 checkpoint of fixed resolution (its tower is a siglip_vision_model)"
+        )
     if facts.tower not in TOWERS.values():
         raise CheckpointError(f"{where}: tower {facts.tower!r} cannot be exported; known: siglip, clip")
     depth = config.vision_config.num_hidden_layers

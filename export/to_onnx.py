@@ -49,6 +49,11 @@ class Storage:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     wide: frozenset[str] = frozenset()
 
+    @property
+    def fused(self) -> bool:
+        """Whether the decoder uses ONNX Runtime's operators, which have no float32 residual under float16."""
+        return self.flavour == "ort" and not ("decoder" in self.wide and KINDS[self.precision.decoder].half)
+
 
 def trace(module: nn.Module, spec: GraphSpec, student: Student, opset: int = OPSET) -> Any:
     """torch module -> onnx_ir model with the names and symbolic shapes of `spec`; its matrices are read when saved."""
@@ -182,11 +187,10 @@ def graphs(student: Student, options: Storage) -> list[Graph]:
         )
 
     vision, embed, decoder = recipe("vision"), recipe("embed"), recipe("decoder")
-    fused = options.flavour == "ort" and not decoder.wide
-    if options.flavour == "ort" and decoder.wide:
+    if options.flavour == "ort" and not options.fused:
         decoder.fell_back("activations beyond float16: plain operators")
     cache = "float16" if decoder.kind.half else "float32"
-    kind = FusedDecoder if fused else MergedDecoder
+    kind = FusedDecoder if options.fused else MergedDecoder
 
     def opset(part: str) -> int:
         blocks = options.flavour == "portable" and any(
@@ -216,19 +220,23 @@ def write(
 
     Returns: (file, role) pairs, and the manifest's `io`, `precision` and weight counts for `model`.
     """
+    from export.graph_ort import ROTARY_POSITIONS
+
     files: list[tuple[Path, str]] = []
-    planned = graphs(student, options)
+    planned, weights = graphs(student, options), student.checkpoint.weights_sha256()
     for graph in planned:
         kind = KINDS[getattr(options.precision, graph.part)]
-        key = stage_key(student, options, graph)
+        key = stage_key(student, options, graph, weights)
         files += stages.files(graph.stem, key, root, lambda folder, g=graph, k=kind: write_graph(student, g, k.suffix, folder))  # type: ignore[misc]  # fmt: skip
     io = {graph.stem: graph.spec.to_json() for graph in planned}
     paths = {role: path for path, role in files}
     section, counts = describe(student, paths, options.precision, {graph.role: graph.fallbacks for graph in planned})
+    if options.fused:  # the operator reads its angles from a table
+        counts["context_length"] = min(student.facts.context_length, ROTARY_POSITIONS)
     return files + write_configs(student, root, files, options.precision), io, section, counts
 
 
-def stage_key(student: Student, options: Storage, graph: Graph) -> dict[str, Any]:
+def stage_key(student: Student, options: Storage, graph: Graph, weights_sha256: str) -> dict[str, Any]:
     """Everything the bytes of one graph depend on, this program's own text included."""
     folds = hashlib.sha256()
     for path, fold in sorted(student.folds.items()):
@@ -239,7 +247,7 @@ def stage_key(student: Student, options: Storage, graph: Graph) -> dict[str, Any
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     versions = [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")]
     return {
-        "student": student.checkpoint.weights_sha256(),
+        "student": [weights_sha256, student.checkpoint.config],
         "graph": graph.stem,
         "precision": [
             getattr(options.precision, p) for p in (graph.part, "head")[: 2 if graph.part == "decoder" else 1]

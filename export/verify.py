@@ -9,7 +9,7 @@ from typing import Any
 from export import parity
 from export.backends import chat_tokenizer, gate_of, open_backend
 from export.evidence import load_reference
-from export.replay import greedy, make_prompt
+from export.replay import make_prompt
 from vlm.errors import ArtifactError
 from vlm.manifest import check_files, read_manifest
 from vlm.preprocess import open_image
@@ -43,7 +43,7 @@ def verify(root: Path) -> dict[str, Any]:
             prompt = make_prompt(tokenizer, open_image(root / golden.image), golden.question)
             name = f"golden {index}" if index else "golden"
             cases[name] = parity.replay_case(backend, prompt, wanted)
-            ids = greedy(backend, prompt, stop, len(golden.token_ids))
+            ids = parity.golden_answer(backend, prompt, golden.token_ids, cases[name], stop)
             answers.append(tokenizer.decode(ids))
             if ids not in (golden.token_ids, *(tuple(b) for b in before[index : index + 1])):
                 found.append(f"{name}: answers {answers[-1]!r}, expected {tokenizer.decode(golden.token_ids)!r}")

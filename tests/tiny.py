@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,43 @@ def make_student(directory: Path, seed: int = 0, spread: float = 4.0, **sizes: A
     Freshly initialised weights give nearly flat logits, under which every parity check passes; `spread` scales the
     decoder and projector matrices so that logits differ from token to token as in a trained model.
     """
-    import torch
-
     shape = Shape(**{"vision_layers": 2, "vision_hidden": 64, "vision_intermediate": 96, **sizes})
     tokenizer = build_tokenizer(digits.texts())
     model = build_model(shape, tokenizer, seed)
+    _spread(model, spread)
+    save_checkpoint(model, build_processor(tokenizer, shape), directory, {"objective": "none", "seed": seed})
+    return directory
+
+
+def _spread(model: Any, spread: float) -> None:
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and ("language_model" in name or "projector" in name) and "embed" not in name:
                 parameter.mul_(spread)
             if name.endswith("bias"):
                 parameter.normal_(0, 0.02)
-    save_checkpoint(model, build_processor(tokenizer, shape), directory, {"objective": "none", "seed": seed})
-    return directory
+
+
+def rebuild(
+    directory: Path, text: dict[str, Any], vision: dict[str, Any], top: dict[str, Any], spread: float = 4.0
+) -> None:
+    """Replace a student by a random one whose configuration has these settings changed."""
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"] |= text
+    config["vision_config"] |= vision
+    path.write_text(json.dumps(config | top))
+    torch.manual_seed(1)
+    model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(directory))
+    _spread(model, spread)
+    generation = (directory / "generation_config.json").read_text()
+    model.save_pretrained(directory)
+    (directory / "generation_config.json").write_text(generation)
 
 
 def make_tower(directory: Path, kind: str = "siglip", seed: int = 0, size: int = 32) -> Path:

@@ -86,6 +86,23 @@ def test_reference_is_the_models_own_generate(subjects: Callable[..., Any]) -> N
         assert tuple(ids[0, len(prompt.ids) :].tolist()) == answer
 
 
+@pytest.mark.parametrize(("tower", "decoder"), [("clip", "qwen3"), ("siglip", "llama")])
+def test_golden_answers_are_those_of_one_prompt_after_another(
+    subjects: Callable[..., Any], tower: str, decoder: str
+) -> None:
+    """Prompts of different length share a padded batch; their logits come from passes without a cache."""
+    from export.parity import STEPS, compare_logits
+    from export.replay import forced_logits, greedy
+
+    subject = subjects(tower, decoder)
+    backend = TorchBackend(subject.student)
+    cases = list(zip(subject.evidence.cases, subject.evidence.expected, strict=True))[:-1]
+    assert len({len(case.prompt.ids) for case, _ in cases}) > 1
+    for case, expected in cases:
+        assert greedy(backend, case.prompt, (), STEPS) == case.forced
+        assert compare_logits(expected, forced_logits(backend, case.prompt, case.forced))["decode"] < 1e-4
+
+
 def test_a_near_tie_is_told_from_a_different_answer(subjects: Callable[..., Any]) -> None:
     subject = subjects("siglip", "qwen2")
     prompt, want = subject.evidence.prompts[0], subject.evidence.answers[0]

@@ -24,21 +24,28 @@ LIBRARY = os.environ.get("TRANSFORMERS_JS_DIR", "")
     [
         ("fp32", "siglip", "qwen3"),
         ("fp32", "clip", "qwen3"),
-        ("fp16", "siglip", "llama"),
-        ("int8", "clip", "qwen3"),
-        ("int4", "siglip", "qwen2"),
-        ("q4f16", "clip", "qwen3"),
+        ("fp32", "siglip2", "qwen2.5"),
+        ("fp32", "trained", "qwen2"),
+        ("fp16", "trained", "qwen2"),
+        ("int8", "trained", "qwen2"),
+        ("int4", "trained", "qwen2"),
+        ("q4f16", "trained", "qwen2"),
     ],
 )
 def test_same_tokens_as_onnx_runtime_here(
     exported: Callable[..., Any], precision: str, tower: str, decoder: str
 ) -> None:
-    """What the Python runtime says from the same files, which in fp32 is what PyTorch says."""
+    """What the Python runtime says from the same files, which in fp32 is what PyTorch says.
+
+    Below fp32 the student is a trained one: rounding turns the near ties of a random one in each build of the runtime.
+    """
     made = exported("onnx", precision, tower, decoder)
     script = Path(__file__).with_name("replay_golden.mjs").read_text()
     command = ["node", "--input-type=module", "-e", script, "--", str(made.root)]  # -e resolves imports from cwd
     done = subprocess.run(command, cwd=LIBRARY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == made.manifest.parity["golden_ids"][0]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert len(said) == len(made.manifest.golden) == 4
+    assert said == made.manifest.parity["golden_ids"]
     if precision == "fp32":
-        assert made.manifest.parity["golden_ids"][0] == list(made.manifest.golden[0].token_ids)
+        assert said == [list(golden.token_ids) for golden in made.manifest.golden]
