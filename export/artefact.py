@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from export import to_gguf, to_onnx, to_tensorrt
-from export.calibrate import Calibration, fold_scales, observe
+from export.calibrate import TOKENS_KEPT, Calibration, fold_scales, observe
 from export.card import write_card
 from export.evidence import Evidence, calibration_prompts, collect, save_golden
 from export.measure import ablate, costliest, measure
@@ -164,13 +164,14 @@ class Making:
         hint = "digits, which this student does not know; --calibration or more --data gives it better images"
         note(f"calibrating on {hint if foreign else 'real images'}")
         ranges = storage.precision.vision == "int8" or self.run.awq or self.run.algorithm == "search"
-        count = 0 if ranges or self.run.auto_precision else PEAK_PROMPTS
-        prompts = calibration_prompts(self.student, self.run.calibration, count, self.questions)
-        self.calibration = observe(self.student, *prompts)
+        whole = ranges or self.run.auto_precision
+        prompts = calibration_prompts(self.student, self.run.calibration, 0 if whole else PEAK_PROMPTS, self.questions)
+        found = observe(self.student, *prompts, keep=TOKENS_KEPT if whole else 0)
         if self.run.awq:
             parts = [p for p in PARTS if p != "embed" and KINDS[getattr(storage.precision, p)].bits == 4]
-            self.loaded = fold_scales(self.student, self.calibration, 4, parts)
-        return dataclasses.replace(storage, ranges=self.calibration.ranges(), wide=self.calibration.wide())
+            self.loaded = fold_scales(self.student, found, 4, parts)
+        self.calibration = dataclasses.replace(found, seen={})  # the sampled inputs take hundreds of megabytes
+        return dataclasses.replace(storage, ranges=found.ranges() if whole else {}, wide=found.wide())
 
     def trt_storage(self) -> to_tensorrt.TrtStorage:
         """As `storage`, for the engines' graphs."""

@@ -113,14 +113,14 @@ def observe(
             x_TK = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
             weight = weights["tokens"] if len(weights["tokens"]) == len(x_TK) else torch.ones(len(x_TK)) / len(x_TK)
             seen.setdefault(path, Seen()).add(x_TK, weight, keep)
-            peaks[part(path)] = max(peaks[part(path)], float(x_TK.abs().max()), float(output.abs().max()))
+            peaks[part(path)] = max(peaks[part(path)], _peak(x_TK), _peak(output))
 
         return hook
 
     def stream(path: str) -> Callable[..., None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             state = output[0] if isinstance(output, tuple) else output
-            peaks[part(path)] = max(peaks[part(path)], float(state.abs().max()))
+            peaks[part(path)] = max(peaks[part(path)], _peak(state))
 
         return hook
 
@@ -142,6 +142,12 @@ def observe(
         for handle in handles:
             handle.remove()
     return Calibration(seen, peaks, len(prompts), digest.hexdigest())
+
+
+def _peak(values: Tensor) -> float:
+    """Largest magnitude, without a copy: a vocabulary's logits are large."""
+    low, high = values.aminmax()
+    return max(-float(low), float(high))
 
 
 def _clip(seen: Seen) -> tuple[float, float]:
