@@ -307,7 +307,7 @@ class TrainConfig:
                 raise UserError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
         check_fira(self.optim, self.fira, self.accumulate, self.max_grad_norm, self.fsdp, self.lora.r)
         check_kpod(self.tokens, self.schedule, self.kpod, self.streaming)
-        check_lavit(self.has_latents, self.lavit, self.fsdp, self.gradient_checkpointing)
+        check_lavit(self.has_latents, self.lavit, self.fsdp, self.gradient_checkpointing, self.lora.r)
         if self.has_latents and "tpa" in self.terms and self.align.layout != "cached":
             raise UserError(f"objective {self.objective}: the gate needs align.layout cached, got {self.align.layout}")
         if (self.llm is None) != (self.vision_tower is None):

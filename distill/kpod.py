@@ -98,6 +98,15 @@ def wanted(config: TrainConfig) -> bool:
     return config.tokens.weights == "kpod" or config.schedule == "kpod"
 
 
+def refuse_without_steps(examples: Examples) -> None:
+    """Raises UserError where the data has no reasonings."""
+    if examples[0].steps is None:
+        raise UserError(
+            "kpod weighs the steps of rationales and this data has none; it needs records with question, steps and answer "
+            "(--format rationale)"
+        )
+
+
 def prepare(config: TrainConfig, student: nn.Module, examples: Examples, pad: int, device: torch.device) -> Found:
     """Weights and plan of a run: found anew, or as they were found when it began.
 
@@ -140,12 +149,7 @@ def curriculum(config: TrainConfig, found: Found) -> Curriculum | None:
 
 
 def _find(config: TrainConfig, student: nn.Module, examples: Examples, pad: int, device: torch.device) -> None:
-    first = examples[0]
-    if first.steps is None:
-        raise UserError(
-            "kpod weighs the steps of rationales and this data has none; it needs records with question, steps and answer "
-            "(--format rationale)"
-        )
+    refuse_without_steps(examples)
     before = next(student.parameters()).device
     was_training = student.training
     student.to(device).eval()

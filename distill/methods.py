@@ -233,7 +233,7 @@ class LavitOptions:
             raise UserError(f"lavit.gate_floor must be above 0 and up to 1, got {self.gate_floor}")
 
 
-def check_lavit(has_latents: bool, lavit: LavitOptions, fsdp: bool, recomputing: bool) -> None:
+def check_lavit(has_latents: bool, lavit: LavitOptions, fsdp: bool, recomputing: bool, lora: int) -> None:
     """Refuse settings of a run that do not go together.
 
     Raises:
@@ -247,5 +247,9 @@ def check_lavit(has_latents: bool, lavit: LavitOptions, fsdp: bool, recomputing:
         return
     if fsdp:
         raise UserError("objective lavit trains a small head beside the student, which fsdp does not shard; use DDP")
+    if lora:
+        raise UserError(
+            "objective lavit with lora: latent tokens are new and their embeddings must train; drop --lora.r"
+        )
     if recomputing:
         raise UserError("objective lavit reads attention of the forward pass; drop --gradient_checkpointing")

@@ -171,6 +171,15 @@ def _departures(fira: FiraOptions) -> str:
     return "".join(f", {text}" for text in found)
 
 
+def refuse_without_state(checkpoint: Path) -> None:
+    """Raises UserError where a folder holds no optimiser state, before anything is written."""
+    if not (checkpoint / FILE).is_file():
+        raise UserError(
+            f"no optimiser state in {checkpoint} ({FILE} is missing); name a checkpoint folder, such as "
+            "runs/NAME/checkpoints/checkpoint-500"
+        )
+
+
 def take_over(optimizer: torch.optim.Optimizer, checkpoint: Path) -> tuple[int, int]:
     """Go on with the state a checkpoint's optimiser had, whichever it was.
 
@@ -183,6 +192,7 @@ def take_over(optimizer: torch.optim.Optimizer, checkpoint: Path) -> tuple[int, 
     Raises:
         UserError: no optimiser state there, or one without names.
     """
+    refuse_without_state(checkpoint)
     path = checkpoint / FILE
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")

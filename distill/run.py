@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distill import cache, evaluate, models, placement, presets, processes
+from distill import cache, evaluate, kpod, models, optimizers, placement, presets, processes
 from distill.access import width
 from distill.config import Align, TrainConfig
 from distill.data import (
@@ -120,6 +120,10 @@ def load_run(config: TrainConfig) -> Run:
         raise UserError(f"objective {config.objective!r} needs a teacher; pass --teacher DIR or --objective sft")
     student, student_source = models.open_student(config, teacher_source)
     data = _data(config, student_source)
+    if kpod.wanted(config):
+        kpod.refuse_without_steps(data.train)
+    if config.optim_state is not None:
+        optimizers.refuse_without_state(config.optim_state)
     if len(data.train) < config.batch_size:
         raise UserError(
             f"{len(data.train)} training samples do not fill one batch of {config.batch_size}; lower batch_size"
