@@ -121,8 +121,14 @@ def start(folder: Path, name: str, seed: int, tower: Path | None) -> Path:
 
 
 @torch.no_grad()
-def focus(model: nn.Module, collate: Collator, examples: Any, cells: Sequence[int], size: int = 50) -> float:
-    """Mean S_focus: attention of the text behind the image to the marked cell, as a share of that to the image."""
+def focus(
+    model: nn.Module, collate: Collator, examples: Any, cells: Sequence[int], latents_too: bool = True, size: int = 50
+) -> float:
+    """Mean S_focus: attention of the text behind the image to the marked cell, as a share of that to the image.
+
+    Args:
+        latents_too: count latent tokens as text.
+    """
     shares: list[float] = []
     decoder = access.decoder(model)
     for first in range(0, len(cells), size):
@@ -130,6 +136,8 @@ def focus(model: nn.Module, collate: Collator, examples: Any, cells: Sequence[in
         with attention.AttentionTap(decoder, range(len(decoder.layers))) as tap:
             access.gold_pass(model, batch, keep_cache=False)
             text_BT = attention.after_images(batch.image_BT, batch.attention_mask_BT)
+            if batch.latent_BT is not None and not latents_too:
+                text_BT = text_BT & ~batch.latent_BT
             score_BT = attention.text_to_vision(tap, text_BT, batch.image_BT, batch.attention_mask_BT)
         for b, row in enumerate(score_BT):
             seen = row[batch.image_BT[b]]
@@ -150,6 +158,7 @@ def judge(student: Path, held: Path, cells: Sequence[int]) -> dict[str, Any]:
         "focus": focus(model, collate, examples, cells),
     }
     if latents:
+        found["focus_without_latents"] = focus(model, collate, examples, cells, latents_too=False)
         report = replacement.measure(model, examples, len(cells), collate)
         found["replacement"] = {drop.kind: [drop.drop, drop.low, drop.high] for drop in report.drops}
         found["load_bearing"] = report.load_bearing
