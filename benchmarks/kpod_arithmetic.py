@@ -1,6 +1,6 @@
 """KPOD's weights and schedule against plain training on rationales with 60 % filler, at equal tokens seen.
 
-Sums modulo ten, one step a term ("7 plus 5 gives 2"), every step wrapped in words drawn at random: no model can predict
+Sums modulo `--modulus`, one step a term ("7 plus 5 gives 2"), every step wrapped in words drawn at random: no model can predict
 them and no answer depends on them. All sides start from the same student, see the same batches in the same order, and are
 scored by decoding: does the answer end with the right conclusion? Reported: steps until `--target` of the held-out questions
 are right (median over seeds), and the score at the end.
@@ -39,31 +39,31 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def record(chance: random.Random, terms: int) -> dict[str, Any]:
+def record(chance: random.Random, terms: int, modulus: int) -> dict[str, Any]:
     """One question of so many terms; of a step's words, 5 say something and 8 do not."""
-    numbers = [chance.randint(0, 9) for _ in range(terms)]
+    numbers = [chance.randrange(modulus) for _ in range(terms)]
     steps, total = [], numbers[0]
     for number in numbers[1:]:
-        said = f"{total} plus {number} gives {(total + number) % 10}"
-        total = (total + number) % 10
+        said = f"{total} plus {number} gives {(total + number) % modulus}"
+        total = (total + number) % modulus
         before, after = ([chance.choice(FILLER) for _ in range(n)] for n in (4, 4))
         steps.append(" ".join([*before, said, *after]))
     return {"question": "sum of " + " ".join(map(str, numbers)), "steps": steps, "answer": total}
 
 
-def write(folder: Path, name: str, count: int, seed: int, terms: int) -> Path:
+def write(folder: Path, name: str, count: int, seed: int, terms: int, modulus: int) -> Path:
     chance = random.Random(seed)
     path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(record(chance, terms)) + "\n" for _ in range(count)))
+    path.write_text("".join(json.dumps(record(chance, terms, modulus)) + "\n" for _ in range(count)))
     return path
 
 
-def student(folder: Path, seed: int, terms: int) -> Path:
+def student(folder: Path, seed: int, terms: int, modulus: int) -> Path:
     """A small decoder from scratch with a tokenizer for these words."""
     chance = random.Random(1)
     texts = []
     for _ in range(400):
-        made = record(chance, terms)
+        made = record(chance, terms, modulus)
         texts += [made["question"], "\n".join([*made["steps"], CONCLUSION.format(answer=made["answer"])])]
     tokenizer = build_tokenizer(texts)
     shape = Shape(
@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--target", type=float, default=0.9)
     options.add_argument("--records", type=int, default=2000)
     options.add_argument("--terms", type=int, default=3)
+    options.add_argument("--modulus", type=int, default=10)
+    options.add_argument("--held-out", type=int, default=200)
     options.add_argument("--lr", type=float, default=3e-3)
     options.add_argument("--weigher-steps", type=int, default=200)
     options.add_argument("--sides", default=",".join(SIDES))
@@ -114,10 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     kpod = KpodOptions(predictor_rank=0, weigher_steps=args.weigher_steps, weigher_lr=2e-3, predictor_lr=2e-3)
     table: dict[str, Any] = {name: [] for name in args.sides.split(",")}
     for seed in range(args.seeds):
-        start = student(folder, seed, args.terms)
+        start = student(folder, seed, args.terms, args.modulus)
         data, held = (
-            write(folder, f"{name}-{seed}", n, 2 * seed + k, args.terms)
-            for k, (name, n) in enumerate((("train", args.records), ("eval", 200)))
+            write(folder, f"{name}-{seed}", n, 2 * seed + k, args.terms, args.modulus)
+            for k, (name, n) in enumerate((("train", args.records), ("eval", args.held_out)))
         )
         for name in table:
             config = TrainConfig(
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warmup=0.05,
                 seed=seed,
                 eval_every=args.every,
-                eval_samples=200,
+                eval_samples=args.held_out,
                 save_every=10**6,
                 visual_every=0,
                 report_to="none",
@@ -183,7 +185,14 @@ def _report(table: dict[str, Any], args: Any, kpod: KpodOptions) -> int:
     }
     finish(
         results,
-        {"sides": shown, "steps": args.steps, "target": args.target, "kpod": dataclasses.asdict(kpod)},
+        {
+            "sides": shown,
+            "steps": args.steps,
+            "target": args.target,
+            "modulus": args.modulus,
+            "records": args.records,
+            "kpod": dataclasses.asdict(kpod),
+        },
         args.out,
     )
     return 0
