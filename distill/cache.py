@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -89,8 +89,7 @@ class CachedPass:
             if image_BT[b].any():
                 kept_J = entry.weight_J * entry.kept_J
                 # all of them stored: the very weights of the live teacher
-                whole = bool((entry.kept_J | (entry.weight_J == 0)).all())
-                weight_BT[b, image_BT[b]] = entry.weight_J if whole else kept_J / kept_J.sum()
+                weight_BT[b, image_BT[b]] = entry.weight_J if entry.whole else kept_J / kept_J.sum()
         return weight_BT.to(self.device)
 
     def gaze(self) -> Gaze:
@@ -115,7 +114,10 @@ class CachedPass:
                 f"the cache holds no distribution at token {int(token_R[first])} of a sample; it was made without "
                 "visual rows: make one with --visual_share above 0, or train without iva"
             )
-        return self._take(at_R)
+        target = self._take(at_R)
+        if isinstance(target, SparseTarget) and self._partial and self.batch.image_BT[sample_R, token_R].any():
+            return replace(target, scatter=None)  # what the rows left out would add is not known
+        return target
 
     def fixed_candidates(self) -> ribbon.Candidates:
         """The first K stored candidates of every response position, each with weight 1 / K; align.tpa_share is moot."""
@@ -140,6 +142,11 @@ class CachedPass:
         sample_N, place_N = self.batch.response_places()
         weight_BT = self.batch.token_weight_BT
         return torch.ones(len(sample_N), device=self.device) if weight_BT is None else weight_BT[sample_N, place_N]
+
+    @property
+    def _partial(self) -> bool:
+        """Whether the rows of some visual tokens were not stored."""
+        return not all(entry.whole for entry in self.entries)
 
     @functools.cached_property
     def _places(self) -> tuple[Tensor, list[int]]:
@@ -170,14 +177,7 @@ class CachedPass:
     def _take(self, at_R: Tensor) -> Target:
         if self.head is not None:
             return DenseTarget(self._hidden[at_R].to(self.device), self.head)
-        sparse = self._sparse
-        probs_RK = sparse.probs_RK[at_R]
-        used = max(int((probs_RK > 0).sum(dim=1).max()), 1) if len(at_R) else 1  # stored tokens come first in a row
-        return SparseTarget(
-            sparse.ids_RK[at_R, :used].to(self.device),
-            probs_RK[:, :used].to(self.device),
-            sparse.negentropy_R[at_R].to(self.device),
-        )
+        return self._sparse.take(at_R).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from vlm.errors import UserError
 
 if TYPE_CHECKING:
     from distill.cache_build import CacheOptions
+    from distill.cache_verify import Verified
 
 HELP = """usage: python -m distill cache [the options of train] --out DIR [options]
 
@@ -34,6 +35,8 @@ command goes on; more data can be added to the same folder. Held-out samples tha
                       every step; a live teacher does that [0]
   --shard I/N         every N-th sample from the I-th on (0 to N-1); under torchrun it is the process's rank
   --batch_size B      samples a forward pass
+  --verify N          then train N steps with the live teacher, comparing both losses of the same student at every step,
+                      and N steps from the cache; exit code 1 where a loss leaves its bound [0]
   --dry_run           say how large the cache will be and how exact, write nothing
   --json              print the result as one JSON line at the end
 
@@ -59,6 +62,7 @@ EXTRAS = (
     Extra("all_logits", bool, False, "keep hidden states and the head"),
     Extra("candidates", int, 0, "fixed candidates a response position"),
     Extra("shard", str, "", "I/N"),
+    Extra("verify", int, 0, "steps to compare with a live run"),
     Extra("dry_run", bool, False, "write nothing"),
 )
 
@@ -77,11 +81,15 @@ def main(argv: Sequence[str]) -> int:
         _refuse(config)
     if configs[0].out == NEW_RUN:
         raise UserError("name the folder of the cache with --out DIR")
+    if extra["verify"] < 0 or (extra["verify"] and extra["dry_run"]):
+        raise UserError(f"--verify {extra['verify']}: a number of steps from 1 on, of a cache that is written")
     from distill.__main__ import quiet
     from distill.cache_run import build
+    from distill.cache_verify import verify
 
     quiet()
-    results = []
+    results: list[dict[str, Any]] = []
+    verified: list[Verified] = []
     done: set[str] = set()
     for stage in request.stages:
         where = f"stage {stage.name}: " if stage.name else ""
@@ -97,8 +105,14 @@ def main(argv: Sequence[str]) -> int:
             print(f"{where}{result.text}")
         done.add(result.text)
         results.append(result.to_json())
+        if extra["verify"]:
+            verified.append(verify(stage.config, stage.config.out, extra["verify"]))
+            print(verified[-1].text)
+            results[-1]["verified"] = verified[-1].to_json()
     if extra["json"]:
         print_json(results[0] if len(results) == 1 else {"stages": results})
+    for found in verified:
+        found.refuse_misses()
     return 0
 
 

@@ -33,9 +33,18 @@ from vlm.files import fsync_path, sha256_file, write_atomic
 
 INFO = "cache.json"
 HEAD = "head.safetensors"
-FORMAT = "teacher-cache/1"
+FORMAT = "teacher-cache/2"
 PART_BYTES = 64 << 20
-PACKED = {"count": "count_R", "negentropy": "negentropy_R", "low": "low_M", "high": "high_M", "code": "code_M"}
+PACKED = {
+    "count": "count_R",
+    "negentropy": "negentropy_R",
+    "drawn": "drawn_R",
+    "draws": "draws_R",
+    "low": "low_M",
+    "high": "high_M",
+    "code": "code_M",
+    "logp": "logp_N",
+}
 # what a part holds of each sample, one after the other
 LOOKS = {"look": "look_G", "mass": "mass_G", "semantics": "semantics_E"}
 ARRAYS = ("weight", "kept", "candidate", *LOOKS, "hidden", *PACKED)
@@ -70,6 +79,11 @@ class Entry:
     mass_G: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float16))
     semantics_E: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float16))
 
+    @property
+    def whole(self) -> bool:
+        """Whether every visual token that has a weight has its row."""
+        return bool((self.kept_J | (self.weight_J == 0)).all())
+
     def arrays(self) -> dict[str, Tensor]:
         """Everything but the key, flat."""
         rows = self.rows
@@ -94,7 +108,7 @@ class Entry:
             each_R = torch.full((len(self.rows),), self.rows[:1].numel() * self.rows.element_size())
         else:
             token = 4 + (len(self.rows.high_M) > 0)
-            each_R = 6 + token * self.rows.count_R.long()
+            each_R = 8 + token * self.rows.count_R.long() + 2 * self.rows.drawn_R.long()
         parts = each_R[:response], each_R[response : response + visual], each_R[response + visual :]
         return int(parts[0].sum()), int(parts[1].sum()), int(parts[2].sum() + 4 * self.candidate_NC.numel())
 

@@ -11,7 +11,7 @@ from torch import nn
 from distill import access, processes
 from distill.data import Collator, Examples, batches
 from distill.generate import concludes
-from distill.objective import Batch, Normaliser, Objective, gold_pass
+from distill.objective import VARIANCE, Batch, Normaliser, Objective, bounded, gold_pass
 from vlm.score import bootstrap_interval
 
 
@@ -66,7 +66,10 @@ def accuracy(model: nn.Module, examples: Examples, n: int, collate: Collator) ->
 def held_out_terms(
     model: nn.Module, objective: Objective, examples: Examples, n: int, collate: Collator, size: int = 100
 ) -> dict[str, float]:
-    """Every loss term of the objective on held-out examples, averaged over batches, and their weighted sum `loss`."""
+    """Every loss term of the objective on held-out examples, averaged over batches, and their weighted sum `loss`.
+
+    With a sampled teacher also `kd_bound` and the like, see `distill.objective.bounded`.
+    """
     was_training = model.training
     model.eval()
     mine: list[dict[str, float]] = []
@@ -77,7 +80,11 @@ def held_out_terms(
     model.train(was_training)
     found = processes.in_order(processes.gather(mine))
     means = {name: sum(values[name] for values in found) / len(found) for name in objective.terms}
-    return {**means, "loss": sum(getattr(objective.weights, name) * value for name, value in means.items())}
+    loss = sum(getattr(objective.weights, name) * value for name, value in means.items())
+    # errors of different samples are independent
+    variances = [name for name in (found[0] if found else {}) if name.endswith(VARIANCE)]
+    errors = {name: sum(values[name] for values in found) / len(found) ** 2 for name in variances}
+    return bounded({**means, **errors, "loss": loss})
 
 
 def _turns(model: nn.Module, examples: Examples, n: int, collate: Collator, size: int) -> Iterator[tuple[Batch, bool]]:

@@ -53,10 +53,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Values per row, float32, without gradient; None for what was not asked."""
+    """Values per row, float32, without gradient; None for what was not asked.
+
+    Attributes:
+        variance_R: of kl_R about the divergence from the full teacher, where that was sampled and the error is known.
+    """
 
     ce_R: Tensor | None
     kl_R: Tensor | None
+    variance_R: Tensor | None = None
 
 
 class HeadLoss:
@@ -91,6 +96,8 @@ class HeadLoss:
         device = rows.hidden_RD.device
         ce_R = torch.zeros(count, device=device) if rows.ce_weight_R is not None else None
         kl_R = torch.zeros(count, device=device) if rows.kl_weight_R is not None else None
+        sampled = kl_R is not None and isinstance(rows.target, SparseTarget) and rows.target.scatter is not None
+        found = RowLosses(ce_R, kl_R, torch.zeros(count, device=device) if sampled else None)
         wants_grad = self._trains and (ce_R is not None or kl_R is not None)
         grad_RD = torch.zeros_like(rows.hidden_RD) if wants_grad and rows.hidden_RD.requires_grad else None
         with torch.no_grad():
@@ -98,14 +105,14 @@ class HeadLoss:
             work = _Work(min(self.chunk, count), len(weight_VD), device)
             for start in range(0, count, self.chunk):
                 part = slice(start, min(start + self.chunk, count))
-                self._chunk(rows, part, weight_VD, ce_R, kl_R, grad_RD, work)
+                self._chunk(rows, part, weight_VD, found, grad_RD, work)
             for value_R, weight_R in ((ce_R, rows.ce_weight_R), (kl_R, rows.kl_weight_R)):
                 if value_R is not None and weight_R is not None:
                     self._value += (value_R * weight_R).sum()
         if grad_RD is not None:
             self._inputs.append(rows.hidden_RD)
             self._grads.append(grad_RD)
-        return RowLosses(ce_R, kl_R)
+        return found
 
     def total(self) -> Tensor:
         """The weighted sum of everything added so far; call it once."""
@@ -120,8 +127,7 @@ class HeadLoss:
         rows: Rows,
         part: slice,
         weight_VD: Tensor,
-        ce_R: Tensor | None,
-        kl_R: Tensor | None,
+        found: RowLosses,
         grad_RD: Tensor | None,
         work: _Work,
     ) -> None:
@@ -129,12 +135,12 @@ class HeadLoss:
         logits = _logits(hidden, weight_VD, self.head.soft_cap, work.buffer("logits", len(hidden)))
         if rows.look is not None:
             rows.look(logits[:, : self.vocabulary], part)
-        if ce_R is None and kl_R is None:
+        if found.ce_R is None and found.kl_R is None:
             return
         trains = grad_RD is not None or self._grad_VD is not None
         cap = self.head.soft_cap
         slope = None if cap is None or not trains else 1 - (logits / cap) ** 2
-        gradient = self._losses(rows, part, logits, ce_R, kl_R, trains, work)
+        gradient = self._losses(rows, part, logits, found, trains, work)
         if gradient is None:
             return
         if slope is not None:
@@ -150,12 +156,12 @@ class HeadLoss:
         rows: Rows,
         part: slice,
         logits: Tensor,
-        ce_R: Tensor | None,
-        kl_R: Tensor | None,
+        found: RowLosses,
         trains: bool,
         work: _Work,
     ) -> Tensor | None:
         """Fill in the chunk's values; the weighted gradient of the logits, which are used up."""
+        ce_R, kl_R = found.ce_R, found.kl_R
         if kl_R is None:
             assert ce_R is not None
             ce_R[part], gradient = _cross_entropy(logits, rows, part, trains, work)
@@ -172,6 +178,8 @@ class HeadLoss:
             terms = replace(terms, label_R=rows.label_R[part], ce_weight_R=rows.ce_weight_R[part])
         kl = self._divergence(logits, rows.target, part, terms, work, apart)
         kl_R[part] = kl.value_R
+        if found.variance_R is not None and kl.variance_R is not None:
+            found.variance_R[part] = kl.variance_R
         if ce_R is not None and kl.ce_R is not None:
             ce_R[part] = kl.ce_R
         if ce_R is None or shared:
@@ -235,6 +243,7 @@ class _Divergence:
     value_R: Tensor
     gradient_RV: Tensor | None
     ce_R: Tensor | None = None
+    variance_R: Tensor | None = None
 
 
 def _logits(hidden_RD: Tensor, weight_VD: Tensor, cap: float | None, out_RV: Tensor) -> Tensor:
@@ -296,13 +305,17 @@ def _forward_gradient(log_q: Tensor, p: Tensor, weight_R1: Tensor, terms: _Terms
 def _sparse_divergence(student: Tensor, target: SparseTarget, part: slice, terms: _Terms) -> _Divergence:
     if terms.direction != "forward":
         raise ValueError("stored teacher distributions serve the forward divergence only")
-    ids, probs = target.ids_RK[part], target.probs_RK[part].float()
-    value_R = target.negentropy_R[part].float() - (probs * student.gather(1, ids)).sum(dim=-1)
+    rows = target.take(torch.arange(part.start, part.stop, device=student.device))
+    ids, probs = rows.ids_RK, rows.probs_RK.float()
+    log_q_RK = student.gather(1, ids)
+    value_R = rows.negentropy_R.float() - (probs * log_q_RK).sum(dim=-1)
+    variance_R = rows.variance(log_q_RK)
     gradient = None
     if terms.trains:
         gradient = student.exp_().mul_(probs.sum(dim=-1, keepdim=True)).scatter_add_(1, ids, -probs)
         gradient.mul_((terms.kl_weight_R * terms.temperature)[:, None])
-    return _Divergence(value_R * terms.temperature**2, gradient)
+    scale = terms.temperature**2
+    return _Divergence(value_R * scale, gradient, variance_R=None if variance_R is None else variance_R * scale**2)
 
 
 def _compute_type(weight: Tensor) -> Tensor:

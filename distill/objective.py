@@ -6,7 +6,8 @@ position, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,12 @@ from distill.distiller import is_sharded
 from distill.gate import Gate
 from distill.head import HeadLoss, RowLosses, Rows
 from distill.lavit import Lavit
-from distill.teacher import Teacher, TeacherPass, candidate_hidden, fixed_candidates
+from distill.teacher import Target, Teacher, TeacherPass, candidate_hidden, fixed_candidates, join
+
+# after the name of a term: the variance of its value about the loss from the full teacher, where that was sampled
+VARIANCE = "_variance"
+# standard errors in a bound: of normal errors 1 in 16,000 lies beyond it
+SIGMAS = 4.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Objective:
         seeds: Sequence[int] | None = None,
         step: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted loss and the unweighted value of each term.
+        """Weighted loss and the unweighted value of each term; with a sampled teacher, the variance of each value too.
 
         Args:
             seeds: one a sample; what is drawn for a sample (candidates, positions) depends on its seed alone, whatever
@@ -93,17 +99,18 @@ class Objective:
         draw = tpa and fixed is None
         draws = _Draws(response, batch, key_B, self.align, access.image_token(student)) if draw else None
         values = self._response_terms(loss, gold, response, seen, draws, normaliser)
-        if seen is not None and iva:
-            values["iva"] = self._iva(loss, batch, gold, seen, key_B, normaliser)
-        candidates = draws.candidates() if draws is not None else fixed
-        if seen is not None and candidates is not None:
-            values["tpa"] = self._tpa(loss, student, batch, gold, seen, candidates, normaliser, gate)
+        if seen is not None:
+            blocks = [self._iva(batch, gold, seen, key_B, normaliser)] if iva else []
+            candidates = draws.candidates() if draws is not None else fixed
+            if candidates is not None:
+                blocks.append(self._tpa(student, batch, gold, seen, candidates, normaliser, gate))
+            values |= _add(loss, blocks, self.weights)
         # a batch without rows of its own still belongs to the graph
         total = loss.total() + _zero(gold.hidden_BTD)
         for name, value in extra.items():
             total = total + getattr(self.weights, name) * value
             values[name] = value.detach()
-        return total, {name: values[name] for name in self.terms}
+        return total, {name: value for name, value in values.items() if name.removesuffix(VARIANCE) in self.terms}
 
     def extra_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What is trained beside the student."""
@@ -147,30 +154,17 @@ class Objective:
         )
         return {**_means(result, share_N, "sft"), **_means(result, taught_N, "kd")}
 
-    def _iva(
-        self,
-        loss: HeadLoss,
-        batch: Batch,
-        gold: GoldPass,
-        seen: TeacherPass,
-        key_B: Tensor,
-        normaliser: Normaliser,
-    ) -> Tensor:
+    def _iva(self, batch: Batch, gold: GoldPass, seen: TeacherPass, key_B: Tensor, normaliser: Normaliser) -> _Block:
         weight_BT = seen.weights()
         rows = self.align.iva_rows
         if rows:
             drawn_BT = attention.draw_visual(weight_BT, rows, ribbon.uniforms(key_B, 1)[:, 0])
             weight_BT = torch.where(batch.image_BT.sum(dim=1, keepdim=True) > rows, drawn_BT, weight_BT)
         at = (weight_BT * batch.image_BT).nonzero(as_tuple=True)
-        share_J = weight_BT[at] / normaliser.image_samples
-        result = loss.add(
-            Rows(gold.hidden_BTD[at], target=seen.rows(*at), kl_weight_R=self.weights.iva * share_J),
-        )
-        return _means(result, share_J, "kd")["kd"]
+        return _Block("iva", gold.hidden_BTD[at], seen.rows(*at), weight_BT[at] / normaliser.image_samples)
 
     def _tpa(
         self,
-        loss: HeadLoss,
         student: nn.Module,
         batch: Batch,
         gold: GoldPass,
@@ -178,22 +172,56 @@ class Objective:
         candidates: ribbon.Candidates,
         normaliser: Normaliser,
         gate: Gate | None,
-    ) -> Tensor:
+    ) -> _Block:
         if not candidates.keep_BC.any():
             if not is_sharded(student):
-                return torch.zeros((), device=gold.hidden_BTD.device)
+                return _Block("tpa", None, None, torch.zeros(0, device=gold.hidden_BTD.device))
             candidates = ribbon.no_candidates(batch.input_ids_BT)  # other processes have some: follow their passes
         bias_BT = None if gate is None else gate.key_bias()
         hidden_BCD = candidate_hidden(student, batch, gold, candidates, self.align, bias_BT)
         share_C = candidates.weight_BC[candidates.keep_BC] / normaliser.response_tokens
-        result = loss.add(
-            Rows(
-                hidden_BCD[candidates.keep_BC],
-                target=seen.candidates(candidates),
-                kl_weight_R=self.weights.tpa * share_C,
-            )
+        return _Block("tpa", hidden_BCD[candidates.keep_BC], seen.candidates(candidates), share_C)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of one term and how much each counts; no hidden states where there are no rows."""
+
+    term: str
+    hidden_RD: Tensor | None
+    target: Target | None
+    share_R: Tensor
+
+
+def _add(loss: HeadLoss, blocks: Sequence[_Block], weights: LossWeights) -> dict[str, Tensor]:
+    """Values of the terms; all blocks share chunks, because products of few rows are slow."""
+    values = {block.term: torch.zeros((), device=block.share_R.device) for block in blocks}
+    full = [block for block in blocks if block.hidden_RD is not None]
+    if not full:
+        return values
+    result = loss.add(
+        Rows(
+            torch.cat([block.hidden_RD for block in full if block.hidden_RD is not None]),
+            target=join([block.target for block in full if block.target is not None]),
+            kl_weight_R=torch.cat([getattr(weights, block.term) * block.share_R for block in full]),
         )
-        return _means(result, share_C, "kd")["kd"]
+    )
+    sizes = [len(block.share_R) for block in full]
+    parts = [None if value_R is None else value_R.split(sizes) for value_R in (result.kl_R, result.variance_R)]
+    for i, block in enumerate(full):
+        split = RowLosses(None, *(None if part is None else part[i] for part in parts))
+        values |= _means(split, block.share_R, block.term)
+    return values
+
+
+def bounded(values: Mapping[str, float]) -> dict[str, float]:
+    """Values of terms with a bound of |value - that from the full teacher| in place of each variance: kd, kd_bound."""
+    return {
+        f"{name.removesuffix(VARIANCE)}_bound" if name.endswith(VARIANCE) else name: (
+            SIGMAS * math.sqrt(value) if name.endswith(VARIANCE) else value
+        )
+        for name, value in values.items()
+    }
 
 
 class _Draws:
@@ -250,9 +278,16 @@ def _response(batch: Batch) -> _Response:
     return _Response(sample_N, place_N, batch.input_ids_BT[sample_N, place_N], weight_N, taught_N)
 
 
-def _means(result: RowLosses, share_R: Tensor, name: str) -> dict[str, Tensor]:
-    value_R = result.ce_R if name == "sft" else result.kl_R
-    return {} if value_R is None else {name: (value_R * share_R).sum()}
+def _means(result: RowLosses, share_R: Tensor, divergence: str = "kd") -> dict[str, Tensor]:
+    """Weighted sum of the rows' cross-entropy or divergences, and the variance of the latter's."""
+    if divergence == "sft":
+        return {} if result.ce_R is None else {"sft": (result.ce_R * share_R).sum()}
+    if result.kl_R is None:
+        return {}
+    means = {divergence: (result.kl_R * share_R).sum()}
+    if result.variance_R is not None:
+        means[divergence + VARIANCE] = (result.variance_R * share_R**2).sum()
+    return means
 
 
 def _zero(hidden: Tensor) -> Tensor:

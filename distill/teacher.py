@@ -5,7 +5,7 @@ Shape legend: B = batch, T = tokens, R = rows asked for, K = stored tokens a row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,9 @@ from distill.batch import Batch
 from distill.config import Align
 from distill.methods import LavitOptions
 
+# of a divergence summed in float32 over a whole vocabulary, relative to the row's entropy
+FLOAT_ERROR = 1e-6
+
 
 @dataclass(frozen=True)
 class DenseTarget:
@@ -28,18 +31,92 @@ class DenseTarget:
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """What the error of stored rows is estimated from.
+
+    Attributes:
+        logp_RK: the teacher's log p of the stored tokens, where a drawn token's mass is another figure.
+        drawn_RK: which tokens were drawn, the others are in the row for certain.
+        draws_R: draws of the row, repeats included; 2 or more.
+        step: largest distance between neighbouring stored values of log(mass).
+    """
+
+    logp_RK: Tensor
+    drawn_RK: Tensor
+    draws_R: Tensor
+    step: float
+
+    def take(self, at_R: Tensor, used: int) -> Scatter:
+        """The given rows, cut to `used` tokens."""
+        return Scatter(self.logp_RK[at_R, :used], self.drawn_RK[at_R, :used], self.draws_R[at_R], self.step)
+
+    def to(self, device: Any) -> Scatter:
+        return Scatter(self.logp_RK.to(device), self.drawn_RK.to(device), self.draws_R.to(device), self.step)
+
+
+@dataclass(frozen=True)
 class SparseTarget:
     """Teacher distributions as stored tokens, at the temperature they were stored with.
 
     Attributes:
         ids_RK: token ids; repeats add up.
         probs_RK: their probability mass, each row sums to one (exact head plus a sampled tail is unbiased).
-        negentropy_R: sum p log p of the full distribution in nats, so that the divergence, not only its gradient, is right.
+        negentropy_R: sum p log p in nats, so that the divergence, not only its gradient, is right.
+        scatter: for the error of the divergence; None leaves it unknown.
     """
 
     ids_RK: Tensor
     probs_RK: Tensor
     negentropy_R: Tensor
+    scatter: Scatter | None = None
+
+    def take(self, at_R: Tensor) -> SparseTarget:
+        """The given rows, no wider than they need."""
+        probs_RK = self.probs_RK[at_R]
+        # stored tokens come first in a row
+        used = max(int((probs_RK > 0).sum(dim=1).max()), 1) if len(at_R) else 1
+        scatter = None if self.scatter is None else self.scatter.take(at_R, used)
+        return SparseTarget(self.ids_RK[at_R, :used], probs_RK[:, :used], self.negentropy_R[at_R], scatter)
+
+    def to(self, device: Any) -> SparseTarget:
+        scatter = None if self.scatter is None else self.scatter.to(device)
+        return SparseTarget(self.ids_RK.to(device), self.probs_RK.to(device), self.negentropy_R.to(device), scatter)
+
+    def variance(self, log_q_RK: Tensor) -> Tensor | None:
+        """Variance of each row's divergence about that of the full distribution; None where it cannot be known.
+
+        The tail's part of a row is tau / S sum_v c_v f_v, with f = log(p / q), tau the tail's mass and c_v how many of
+        its S draws hit token v. Evenly spaced points hit a token of x_v = S p_v / tau either floor(x_v) or ceil(x_v)
+        times, so only the fraction phi_v is chance:
+
+            variance = S / (S - 1) (tau / S)^2 sum_v phi_v (1 - phi_v) / min(1, x_v) (f_v - mean f)^2
+
+        over the tokens drawn (Horvitz and Thompson's weights, Hajek's variance). Rounded masses and float32 sums add
+        theirs.
+
+        Args:
+            log_q_RK: the student's log q of the stored tokens.
+        """
+        scatter = self.scatter
+        if scatter is None:
+            return None
+        zero = torch.zeros((), device=log_q_RK.device)
+        mass_RK = self.probs_RK.float()
+        gain_RK = torch.where(mass_RK > 0, scatter.logp_RK - log_q_RK, zero)
+        value_R1 = (mass_RK * gain_RK).sum(dim=1, keepdim=True)
+        rounded_R = ((mass_RK * (gain_RK - value_R1)) ** 2).sum(dim=1) * scatter.step**2 / 12
+        tail_RK = mass_RK * scatter.drawn_RK
+        tail_R1 = tail_RK.sum(dim=1, keepdim=True)
+        mean_R1 = (tail_RK * gain_RK).sum(dim=1, keepdim=True) / tail_R1.clamp(min=torch.finfo(torch.float32).tiny)
+        draws_R1 = scatter.draws_R[:, None]
+        each_R1 = tail_R1 / draws_R1
+        hits_RK = torch.where(scatter.drawn_RK, scatter.logp_RK.exp() / each_R1, zero)
+        fraction_RK = hits_RK % 1
+        chance_RK = fraction_RK * (1 - fraction_RK) / hits_RK.clamp(min=torch.finfo(torch.float32).tiny, max=1)
+        spread_R1 = (chance_RK * (gain_RK - mean_R1) ** 2).sum(dim=1, keepdim=True)
+        drawn_R = (each_R1**2 * spread_R1 * draws_R1 / (draws_R1 - 1)).squeeze(1)
+        summed_R = (FLOAT_ERROR * self.negentropy_R.float()) ** 2
+        return torch.where(tail_R1.squeeze(1) > 0, drawn_R, zero) + rounded_R + summed_R
 
 
 Target = DenseTarget | SparseTarget
@@ -56,6 +133,36 @@ class Gaze:
 
     mass_BT: Tensor
     semantics_BE: Tensor
+
+
+def join(targets: Sequence[Target]) -> Target:
+    """The rows of several targets of one teacher, one after the other."""
+    if len(targets) == 1:
+        return targets[0]
+    dense = [target for target in targets if isinstance(target, DenseTarget)]
+    if len(dense) == len(targets):
+        return DenseTarget(torch.cat([target.hidden_RE for target in dense]), dense[0].head)
+    sparse = [target for target in targets if isinstance(target, SparseTarget)]
+    width = max(target.ids_RK.shape[1] for target in sparse)
+
+    def wide(rows: Sequence[Tensor]) -> Tensor:
+        return torch.cat([nn.functional.pad(row_RK, (0, width - row_RK.shape[1])) for row_RK in rows])
+
+    known = [target.scatter for target in sparse if target.scatter is not None]
+    scatter = None
+    if len(known) == len(sparse):
+        scatter = Scatter(
+            wide([one.logp_RK for one in known]),
+            wide([one.drawn_RK for one in known]),
+            torch.cat([one.draws_R for one in known]),
+            known[0].step,
+        )
+    return SparseTarget(
+        wide([target.ids_RK for target in sparse]),
+        wide([target.probs_RK for target in sparse]),
+        torch.cat([target.negentropy_R for target in sparse]),
+        scatter,
+    )
 
 
 class TeacherPass(Protocol):

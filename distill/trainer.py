@@ -17,7 +17,7 @@ from distill import checkpoint, processes
 from distill.config import TrainConfig
 from distill.data import Collator, Examples, to_batch, train_sampler
 from distill.distiller import Distiller, is_sharded
-from distill.objective import Normaliser, Objective
+from distill.objective import Normaliser, Objective, bounded
 from distill.optimizers import build_optimizer, take_over
 from distill.reporter import Reporter, loggers
 from vlm.errors import GateFailed
@@ -336,7 +336,9 @@ class _Window:
         if self.values:
             names = sorted(self.values)
             sums = processes.total(torch.stack([self.values[name] for name in names])) / self.steps
-            logs = {name: round(value, 8) for name, value in zip(names, sums.tolist(), strict=True)}
+            # of the steps' bounds the mean is at most this, however much their errors go together
+            logs = bounded(dict(zip(names, sums.tolist(), strict=True)))
+            logs = {name: round(value, 8) for name, value in logs.items()}
         seconds = time.monotonic() - self.started
         logs |= {"step_seconds": round(seconds / self.steps, 4), "tokens_per_second": round(self.tokens / seconds, 1)}
         self.__init__()  # type: ignore[misc]

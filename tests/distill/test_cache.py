@@ -20,8 +20,8 @@ from distill.cache_store import Entry
 from distill.config import Align, LossWeights
 from distill.data import Collator, Example, to_batch
 from distill.head import HeadLoss, Rows
-from distill.objective import Batch, Normaliser, Objective
-from distill.teacher import LiveTeacher, Teacher, TeacherPass
+from distill.objective import SIGMAS, Batch, Normaliser, Objective
+from distill.teacher import LiveTeacher, SparseTarget, Teacher, TeacherPass, join
 from tests.distill.conftest import Pair
 from vlm.errors import UserError
 
@@ -161,14 +161,67 @@ def test_the_value_is_less_noisy_than_with_the_exact_negentropy_and_zero_where_n
             assert float(ours_R.abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "how", [Compression(4, 2, 0.0), Compression(4, 12, 0.0), Compression(0, 8, 0.0), Compression(200, 200, 0.0)]
+)
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+def test_the_error_of_a_loss_is_known_from_its_own_rows(how: Compression, spread: float) -> None:
+    torch.manual_seed(0)
+    losses_, size = 1000, 300
+    logits_RV = torch.randn(16, size) * 2
+    log_q_RV = (logits_RV + spread * torch.randn(16, size)).log_softmax(dim=-1)
+    logp_RV = logits_RV.log_softmax(dim=-1)
+    exact = float((logp_RV.exp() * (logp_RV - log_q_RV)).sum(dim=-1).mean())
+    rows = expand(compress(logits_RV.repeat(losses_, 1), torch.rand(16 * losses_), how))
+    log_q_RK = log_q_RV.repeat(losses_, 1).gather(1, rows.ids_RK)
+    value_LR = (rows.negentropy_R - (rows.probs_RK * log_q_RK).sum(dim=-1)).view(losses_, 16)
+    variance_R = rows.variance(log_q_RK)
+    assert variance_R is not None
+    variance_L = variance_R.view(losses_, 16).sum(dim=1) / 16**2
+    error_L = value_LR.mean(dim=1) - exact
+    assert abs(float(error_L.mean())) < 4 * float(error_L.std()) / losses_**0.5 + QUANTISATION * exact
+    assert 0.6 < float(error_L.square().mean() / variance_L.mean()) < 1.4
+    assert float((error_L.abs() > SIGMAS * variance_L.sqrt()).float().mean()) < 5e-3
+
+
+@pytest.mark.parametrize("tail", [0, 1])
+def test_without_two_draws_the_error_is_not_known(tail: int) -> None:
+    rows = expand(compress(torch.randn(3, 40), torch.rand(3), Compression(4, tail, 0.0)))
+    assert rows.scatter is None
+    assert rows.variance(torch.zeros(3, 1)) is None
+
+
+def test_targets_of_several_blocks_are_joined() -> None:
+    torch.manual_seed(0)
+    first, second = (
+        expand(compress(torch.randn(count, 40), torch.rand(count), Compression(top, 3, 0.0)))
+        for count, top in ((3, 4), (2, 9))
+    )
+    both = join([first, second])
+    assert isinstance(both, SparseTarget)
+    log_q_RV = torch.randn(5, 40).log_softmax(dim=-1)
+    for part, rows in ((slice(0, 3), first), (slice(3, 5), second)):
+        again = both.take(torch.arange(5)[part])
+        assert torch.equal(again.probs_RK, rows.probs_RK)
+        assert torch.equal(
+            again.variance(log_q_RV[part].gather(1, again.ids_RK)),  # type: ignore[arg-type]
+            rows.variance(log_q_RV[part].gather(1, rows.ids_RK)),  # type: ignore[arg-type]
+        )
+
+
 @pytest.mark.parametrize("size", [50, 1 << 16, 70_000])
 def test_ids_and_masses_survive_packing(size: int) -> None:
     torch.manual_seed(0)
     logits_RV = torch.randn(3, size) * 3
     rows = compress(logits_RV, torch.rand(3), Compression(20, 4, 0.0))
     assert len(rows.high_M) == (len(rows.low_M) if size > 1 << 16 else 0)
-    assert rows.size() == 3 * 6 + len(rows.low_M) * (5 if size > 1 << 16 else 4)
+    assert rows.size() == 3 * 8 + len(rows.low_M) * (5 if size > 1 << 16 else 4) + len(rows.logp_N) * 2
     back = expand(rows)
+    assert back.scatter is not None
+    logp_RK = logits_RV.log_softmax(dim=-1).gather(1, back.ids_RK)
+    stored = back.probs_RK > 0
+    assert torch.allclose(back.scatter.logp_RK[stored], logp_RK[stored], rtol=0, atol=QUANTISATION)
+    assert int(back.scatter.drawn_RK.sum()) == len(rows.logp_N) > 0
     top = logits_RV.softmax(dim=-1).topk(20)
     assert (back.ids_RK[:, :20] == top.indices).all()
     assert torch.allclose(back.probs_RK[:, :20], top.values, rtol=QUANTISATION, atol=0)
@@ -178,11 +231,13 @@ def test_certain_rows_take_little_space_and_even_a_tiny_tail_is_drawn() -> None:
     logits_RV = torch.zeros(2, 100)
     logits_RV[:, 7] = 14.0
     rows = compress(logits_RV, torch.rand(2), Compression(64, 12, 1e-4))
-    assert rows.count_R.tolist() == [2, 2]  # the token and one draw for the rest
+    assert rows.count_R.tolist() == [3, 3]  # the token and two draws for the rest
     assert float(expand(rows).probs_RK[0, 0]) == pytest.approx(1 - 99 / np.exp(14), rel=1e-3)
 
 
-@pytest.mark.parametrize(("top_k", "tail", "smallest"), [(0, 0, 0.0), (-1, 2, 0.0), (70_000, 0, 0.0), (1, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "tail", "smallest"), [(0, 0, 0.0), (-1, 2, 0.0), (70_000, 0, 0.0), (1, 1, 1.0), (1, 256, 0.0)]
+)
 def test_impossible_compression_is_refused(top_k: int, tail: int, smallest: float) -> None:
     with pytest.raises(UserError):
         Compression(top_k, tail, smallest)

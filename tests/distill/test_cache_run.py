@@ -23,11 +23,12 @@ from distill.cache_codec import Compression
 from distill.cache_command import main
 from distill.cache_run import build
 from distill.cache_store import INFO, Missing, Reader
+from distill.cache_verify import verify
 from distill.config import Align, TrainConfig
 from distill.report import read_metrics
 from distill.train import train
 from tests.tiny import make_student
-from vlm.errors import UserError
+from vlm.errors import GateFailed, UserError
 from vlm.load import open_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -78,6 +79,7 @@ def caches(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     options = {
         "whole": CacheOptions(all_logits=True, candidates=3),
         "short": CacheOptions(CLOSE, CLOSE),
+        "default": CacheOptions(),
         "blind": CacheOptions(visual_share=0),
     }
     return {name: build(tiny(models, folder / name), made, (0, 1), False) for name, made in options.items()}
@@ -88,22 +90,85 @@ def curve(config: TrainConfig) -> list[dict[str, float]]:
     return read_metrics(config.out / "metrics.jsonl")
 
 
-def test_a_run_from_a_cache_follows_the_live_run(
+def test_a_run_from_all_logits_is_the_live_run(
     models: Path, caches: dict[str, cache_run.Built], tmp_path: Path
 ) -> None:
     live = curve(tiny(models, tmp_path / "live"))
     whole = curve(tiny(models, tmp_path / "whole", teacher_cache=caches["whole"].out))
-    short = curve(tiny(models, tmp_path / "short", teacher_cache=caches["short"].out))
     terms = [name for name in ("kd", "iva", "eval_kd", "eval_iva") for line in live if name in line]
     assert len(terms) > 10
-    measured = caches["short"].measured.errors
     for name in dict.fromkeys(terms):
-        steps = [(a[name], b[name], c[name]) for a, b, c in zip(live, whole, short, strict=True) if name in a]
-        assert all(b == pytest.approx(a, rel=2e-5) for a, b, _ in steps)
-        error = sum(abs(c / a - 1) for a, _, c in steps) / len(steps)
-        assert error <= measured[name.removeprefix("eval_")].high
-    student = json.loads((tmp_path / "short" / "student" / "vlm.json").read_text())
+        steps = [(a[name], b[name]) for a, b in zip(live, whole, strict=True) if name in a]
+        assert all(b == pytest.approx(a, rel=2e-5) for a, b in steps)
+    found = verify(tiny(models, tmp_path / "unused"), caches["whole"].out, 3)
+    assert all(item.within == item.steps == 3 for item in found.terms.values())
+
+
+STEPS = 20
+
+
+@pytest.mark.parametrize("cache", ["short", "default"])
+def test_losses_from_a_cache_stay_within_their_bound_at_every_step_of_a_live_run(
+    models: Path, caches: dict[str, cache_run.Built], tmp_path: Path, cache: str
+) -> None:
+    found = verify(tiny(models, tmp_path / "unused", lr=3e-3), caches[cache].out, STEPS)
+    assert set(found.terms) == {"kd", "iva"}
+    for item in found.terms.values():
+        assert item.within == item.steps == STEPS
+        assert item.bound is not None
+        # neither empty nor so wide that it says nothing
+        assert item.error < item.bound < 0.1
+    found.refuse_misses()
+
+
+def test_a_run_from_a_cache_logs_its_own_bound(
+    models: Path, caches: dict[str, cache_run.Built], tmp_path: Path
+) -> None:
+    lines = curve(tiny(models, tmp_path / "run", teacher_cache=caches["default"].out))
+    for name in ("kd", "iva", "eval_kd", "eval_iva"):
+        found = [(line[f"{name}_bound"], line[name]) for line in lines if name in line]
+        assert found
+        assert all(0 < bound < 0.2 * value for bound, value in found)
+    student = json.loads((tmp_path / "run" / "student" / "vlm.json").read_text())
     assert student["teacher"]["sha256"] == open_checkpoint(models / "teacher").weights_sha256()
+
+
+def test_a_cache_of_a_slightly_different_teacher_leaves_the_bound(
+    models: Path, caches: dict[str, cache_run.Built], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(models / "teacher", other)
+    weights = load_file(other / "model.safetensors")
+    torch.manual_seed(0)
+    save_file(
+        {name: value * (1 + 0.02 * torch.randn_like(value)) for name, value in weights.items()},
+        other / "model.safetensors",
+        {"format": "pt"},
+    )
+    layer = open_cached(
+        tiny(models, tmp_path / "x", teacher_cache=caches["default"].out),
+        open_checkpoint(models / "student"),
+        None,
+        "cpu",
+    ).layer
+    align = Align(iva_layer=layer)
+    made = build(tiny(models, tmp_path / "cache", teacher=str(other), align=align), CacheOptions(), (0, 1), False)
+    found = verify(tiny(models, tmp_path / "unused", align=align), made.out, 4)
+    assert all(item.within is not None and item.within < item.steps for item in found.terms.values())
+    with pytest.raises(GateFailed, match=r"left its bound \(kd, iva\)"):
+        found.refuse_misses()
+
+
+def test_a_share_of_the_visual_rows_has_no_bound(models: Path, tmp_path: Path) -> None:
+    made = build(tiny(models, tmp_path / "cache"), CacheOptions(visual_share=0.5), (0, 1), False)
+    found = verify(tiny(models, tmp_path / "unused"), made.out, 2)
+    assert found.terms["kd"].within == 2
+    assert found.terms["iva"].within is None
+    assert "iva: " in found.text
+    found.refuse_misses()
 
 
 def test_offline_tpa_trains_on_the_stored_candidates(
@@ -263,6 +328,7 @@ def test_a_killed_command_goes_on_and_two_shards_are_one_cache(models: Path, tmp
         (["--preset", "digits", "--out", "c", "--visual_share", "2"], "from 0 to 1"),
         (["--preset", "digits", "--out", "c", "--teacher_cache", "d"], "drop --teacher_cache"),
         (["--out", "c", "--resume"], "goes on by itself"),
+        (["--preset", "digits", "--out", "c", "--verify", "2", "--dry_run"], "a cache that is written"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(words: list[str], reason: str) -> None:
