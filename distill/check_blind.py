@@ -86,8 +86,8 @@ def gains(
             objective.terms, objective.weights, objective.align, fixed, objective.vocabulary, objective.lavit
         )
         theirs = blind(student, wrong, Normaliser.of(wrong))[1]
-        for term, value in ours.items():
-            values.setdefault(("student", term), []).append((float(value), float(theirs[term])))
+        for term in objective.terms:
+            values.setdefault(("student", term), []).append((float(ours[term]), float(theirs[term])))
         if teacher is not None:
             place = computes_on(teacher)
             costs = [float(visual.answers(teacher, latents.plain(batch_of([seen], place)))[0]) for seen in (own, other)]

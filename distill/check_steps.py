@@ -20,6 +20,7 @@ from torch import nn
 from distill.batch import Batch, Normaliser
 from distill.check_parts import Finding
 from distill.config import TrainConfig
+from distill.objective import bounded
 from distill.optimizers import estimate_memory
 
 # a step this slow says enough; larger sizes are then calculated
@@ -163,7 +164,8 @@ def stepper(
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        return {"loss": float(total.detach()), **{k: float(v) for k, v in values.items()}, "gradient norm": float(norm)}
+        terms = bounded({name: float(value) for name, value in values.items()})
+        return {"loss": float(total.detach()), **terms, "gradient norm": float(norm)}
 
     return step
 
