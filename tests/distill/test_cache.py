@@ -162,7 +162,7 @@ def test_the_value_is_less_noisy_than_with_the_exact_negentropy_and_zero_where_n
 
 
 @pytest.mark.parametrize(
-    "how", [Compression(4, 2, 0.0), Compression(4, 12, 0.0), Compression(0, 8, 0.0), Compression(20, 60, 0.0)]
+    "how", [Compression(4, 2, 0.0), Compression(4, 12, 0.0), Compression(0, 8, 0.0), Compression(20, 20, 0.0)]
 )
 @pytest.mark.parametrize("spread", [0.1, 1.0])
 def test_the_error_of_a_loss_is_known_from_its_own_rows(how: Compression, spread: float) -> None:
