@@ -90,9 +90,14 @@ class Beside(Objective):
         self.cached = cached
 
     def __call__(
-        self, student: nn.Module, batch: Batch, normaliser: Normaliser, seeds: Sequence[int] | None = None
+        self,
+        student: nn.Module,
+        batch: Batch,
+        normaliser: Normaliser,
+        seeds: Sequence[int] | None = None,
+        step: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, values = super().__call__(student, batch, normaliser, seeds)
+        loss, values = super().__call__(student, batch, normaliser, seeds, step)
         with torch.no_grad():
             _, stored = self.cached(student, batch, normaliser, seeds)
         return loss, values | {f"cached_{name}": value for name, value in stored.items()}
