@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import presets
+from distill import run as run_module
 from distill import train as train_module
 from distill.data import Example, Examples
 
@@ -34,17 +35,17 @@ class Permuted:
 
 def follow(out: Path, permuted: bool, **changes: Any) -> list[dict[str, Any]]:
     """Train and return the lines of the image checks."""
-    original = train_module._data
+    original = run_module._data
 
     def data(*arguments: Any) -> Any:
         found = original(*arguments)
         return dataclasses.replace(found, train=Permuted(found.train)) if permuted else found
 
-    train_module._data = data
+    run_module._data = data
     try:
         train_module.train(dataclasses.replace(presets.defaults("digits"), out=out, **changes))
     finally:
-        train_module._data = original
+        run_module._data = original
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "visual_gain" in line]
 

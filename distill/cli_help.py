@@ -37,17 +37,18 @@ Options with {true,false} may stand alone for true; hyphens and underscores are 
 
 which objective, which option (figures are the papers' own, with their models and data; none was measured here):
   sft, kd            baselines; always compare with kd given the same time
-  align-ti           a teacher of the same tokenizer runs beside or is cached. Six benchmarks, 1B student: 66.65 (kd 65.0, sft
-                     64.3), for 1.43 times the GPU hours of kd (arXiv 2602.09483)
-  lavit              the student answers well and looks elsewhere. MMVP 67.3 (sft 65.3), BLINK relative depth 78.2 (base
-                     61.3); on MMStar plain sft is better, 55.5 against 54.1 (arXiv 2601.10129). Later papers find latent
-                     tokens bypassed in similar systems: read the token replacement test that every run ends with
+  align-ti           a teacher of the same tokenizer runs beside or is cached. Six benchmarks, 1B student: 66.65 (kd
+                     65.0, sft 64.3), for 1.43 times the GPU hours of kd (arXiv 2602.09483)
+  lavit              the student answers well and looks elsewhere. MMVP 67.3 (sft 65.3), BLINK relative depth 78.2
+                     (base 61.3); on MMStar plain sft is better, 55.5 against 54.1 (arXiv 2601.10129). Later papers
+                     find latent tokens bypassed in similar systems: read the token replacement test that every run
+                     ends with
   align-ti+lavit     both, one teacher pass; untested by either paper
   --tokens.weights kpod --schedule kpod
-                     data with reasonings. GSM8K, LLaMA-7B: 46.7 (best other 41.6), without weights 42.6, without schedule
-                     43.3 (arXiv 2405.16064); the paper has text only, with images it is our extension
-  --optim fira       the optimiser's state does not fit. C4, LLaMA-1B: perplexity 14.31 (GaLore 15.64, Adam 15.56) at 6.98
-                     against 10.40 GB (arXiv 2410.01623); language modelling only
+                     data with reasonings. GSM8K, LLaMA-7B: 46.7 (best other 41.6), without weights 42.6, without
+                     schedule 43.3 (arXiv 2405.16064); the paper has text only, with images it is our extension
+  --optim fira       the optimiser's state does not fit. C4, LLaMA-1B: perplexity 14.31 (GaLore 15.64, Adam 15.56) at
+                     6.98 against 10.40 GB (arXiv 2410.01623); language modelling only
   --lora.r 16        still less memory, fewer weights train
 
 examples:

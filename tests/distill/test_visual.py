@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from distill import run as run_module
 from distill import train as train_module
 from distill import visual
 from distill.config import Align, TrainConfig
@@ -114,13 +115,13 @@ def test_a_run_on_permuted_images_is_flagged_and_a_right_one_is_not(
 ) -> None:
     """The committed teacher knows at once; benchmarks/visual_gain.py follows students over 150 steps."""
     if images == "permuted":
-        original = train_module._data
+        original = run_module._data
 
         def permuted(*arguments: Any) -> Any:
             data = original(*arguments)
             return dataclasses.replace(data, train=Permuted(data.train))
 
-        monkeypatch.setattr(train_module, "_data", permuted)
+        monkeypatch.setattr(run_module, "_data", permuted)
     config = TrainConfig(
         preset="digits",
         out=tmp_path / "run",
