@@ -28,7 +28,7 @@ from distill.config import Align, TrainConfig
 from distill.report import read_metrics
 from distill.train import train
 from tests.tiny import make_student
-from vlm.errors import UserError
+from vlm.errors import GateFailed, UserError
 from vlm.load import open_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -305,3 +305,36 @@ def test_a_killed_command_goes_on_and_two_shards_are_one_cache(models: Path, tmp
 def test_a_wrong_command_line_is_one_line(words: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         main(words)
+
+
+def test_a_cache_of_another_teacher_leaves_the_bound(
+    models: Path, caches: dict[str, cache_run.Built], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(models / "teacher", other)
+    weights = load_file(other / "model.safetensors")
+    torch.manual_seed(0)
+    save_file(
+        {name: value * (1 + 0.5 * torch.randn_like(value)) for name, value in weights.items()},
+        other / "model.safetensors",
+        {"format": "pt"},
+    )
+    layer = open_cached(
+        tiny(models, tmp_path / "x", teacher_cache=caches["default"].out),
+        open_checkpoint(models / "student"),
+        None,
+        "cpu",
+    ).layer
+    align = Align(iva_layer=layer)
+    config = tiny(models, tmp_path / "cache", teacher=str(other), align=align)
+    made = build(config, CacheOptions(CLOSE, CLOSE), (0, 1), False)
+    info = json.loads((made.out / INFO).read_text())
+    info["fingerprint"]["teacher"] = open_checkpoint(models / "teacher").weights_sha256()
+    (made.out / INFO).write_text(json.dumps(info))
+    found = verify(tiny(models, tmp_path / "unused", align=align), made.out, 4)
+    assert all(item.within is not None and item.within < item.steps for item in found.terms.values())
+    with pytest.raises(GateFailed, match=r"left its bound \(kd, iva\)"):
+        found.refuse_misses()
