@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distill import access
 from distill.batch import Batch
 from distill.ribbon import for_decoder
+from vlm.errors import UserError
 
 # a reasoning may take some more tokens than the reference's
 SLACK = 1.25, 8
@@ -51,12 +52,18 @@ def greedy(model: nn.Module, batch: Batch, limit: int, stop_B: Tensor) -> Tensor
     Args:
         batch: see `prompts`.
         stop_B: the token that ends each sample.
+
+    Raises:
+        UserError: a class with several position ids a token or deep features.
     """
     decoder, head = access.decoder(model), access.head(model)
     taken = access.inputs(model, batch)
     mask_BT, position_BT = batch.attention_mask_BT, taken.position_BT
     if taken.deep or position_BT.ndim != 2:
-        raise NotImplementedError("decoding here serves classes with one position id a token and no deep features")
+        raise UserError(
+            f"answers with a reasoning cannot be decoded from {type(model).__name__} (several position ids a token or deep "
+            "features); take a LLaVA student"
+        )
     output = decoder(
         inputs_embeds=taken.embeds_BTD,
         attention_mask=mask_BT,
