@@ -108,6 +108,9 @@ def _train(argv: list[str]) -> int:
 
         finish(out)
         _print(result, request.extra["json"])
+    from distill import processes
+
+    processes.leave()
     return 0
 
 

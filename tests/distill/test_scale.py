@@ -26,10 +26,12 @@ SIZES = {"hidden": 64, "head_dim": 16, "intermediate": 96, "spread": 3.0}
 CHILD = """
 import json, sys
 from pathlib import Path
+from distill import processes
 from distill.stored import config_from_json
 from distill.train import train
 for path in sys.argv[1:]:
     train(config_from_json(json.loads(Path(path).read_text())))
+processes.leave()
 """
 
 
