@@ -70,7 +70,7 @@ class Align:
         drop_gold: skip candidates equal to the gold token; L_kd covers them already.
         layout: how candidates run; `cached` is cheapest, the others need no key/value cache.
         packing: fill rows of the decoder with several samples; saves padding where lengths differ, the numbers stay the same.
-        tpa_share: share of the response positions that get candidates, drawn anew each step; the loss stays unbiased.
+        tpa_share: share of the drawn candidates that is computed, in proportion to their weight; the loss stays unbiased.
         tpa_entropy: positions where the student's entropy (nats) is below this get no candidates.
         iva_rows: L_iva is computed at most at so many visual positions a sample, drawn by their weight (unbiased); 0 takes all.
         iva_layer: teacher layer whose attention weights the visual tokens; -1 chooses it by IRS before training.

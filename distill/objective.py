@@ -106,7 +106,7 @@ class Objective:
                 blocks.append(self._tpa(student, batch, gold, seen, candidates, normaliser, gate))
             values |= _add(loss, blocks, self.weights)
         # a batch without rows of its own still belongs to the graph
-        total = loss.total() + _zero(gold.hidden_BTD)
+        total = loss.total() + _zero(gold.hidden_BTD, student)
         for name, value in extra.items():
             total = total + getattr(self.weights, name) * value
             values[name] = value.detach()
@@ -235,31 +235,31 @@ class _Draws:
         self.uniform_NK = ribbon.uniforms(key_N, align.candidates)
         self.ids_NK = torch.zeros_like(self.uniform_NK, dtype=torch.long)
         self.weight_NK = torch.zeros_like(self.uniform_NK)
-        count_B = torch.bincount(sample_N, minlength=self.batch)
-        rank_N = torch.arange(len(sample_N), device=sample_N.device) - (count_B.cumsum(0) - count_B)[sample_N]
-        self.chosen_N = ribbon.systematic(rank_N, align.tpa_share, ribbon.uniforms(key_B, 2)[sample_N, 1])
+        self.thinning_B = ribbon.uniforms(key_B, 2)[:, 1]
 
     def look(self, logits_NV: Tensor, part: slice) -> None:
         """Draw for the rows of one chunk."""
-        chosen = torch.arange(part.start, part.stop, device=logits_NV.device)[self.chosen_N[part]]
-        logits_NV = logits_NV[chosen - part.start]
+        chosen = torch.arange(part.start, part.stop, device=logits_NV.device)
         if self.align.tpa_entropy > 0:
             uncertain = ribbon.entropy(logits_NV) >= self.align.tpa_entropy
             chosen, logits_NV = chosen[uncertain], logits_NV[uncertain]
         ids, weight = ribbon.propose(logits_NV, self.uniform_NK[chosen], self.align.sampling, self.forbidden)
-        self.ids_NK[chosen], self.weight_NK[chosen] = ids, weight / self.align.tpa_share
+        self.ids_NK[chosen], self.weight_NK[chosen] = ids, weight
 
     def candidates(self) -> ribbon.Candidates:
         response = self.response
-        weight_NK = self.weight_NK * (response.weight_N * response.taught_N)[:, None]
+        weight_NK = self.weight_NK
+        if self.align.drop_gold:
+            weight_NK = torch.where(self.ids_NK == response.gold_N[:, None], 0.0, weight_NK)
+        weight_NK = ribbon.thin(weight_NK, response.sample_N, self.align.tpa_share, self.thinning_B)
         return ribbon.arrange(
             self.ids_NK,
-            weight_NK,
+            weight_NK * (response.weight_N * response.taught_N)[:, None],
             response.sample_N,
             response.place_N,
             response.gold_N,
             self.batch,
-            self.align.drop_gold,
+            drop_gold=False,
         )
 
 
@@ -290,5 +290,8 @@ def _means(result: RowLosses, share_R: Tensor, divergence: str = "kd") -> dict[s
     return means
 
 
-def _zero(hidden: Tensor) -> Tensor:
-    return hidden.sum() * 0.0
+def _zero(hidden: Tensor, student: nn.Module) -> Tensor:
+    if hidden.requires_grad or not torch.is_grad_enabled():
+        return hidden.sum() * 0.0
+    # only tower and projector train, and no sample of this batch has an image
+    return sum(((p * 0.0).sum() for p in student.parameters() if p.requires_grad), start=hidden.new_zeros(()))

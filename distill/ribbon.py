@@ -124,14 +124,29 @@ def sample_keys(input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
     return mix((token_BT * attention_mask_BT).sum(dim=1))
 
 
-def systematic(rank_N: Tensor, share: float, uniform_N: Tensor) -> Tensor:
-    """Every row with probability `share`, evenly spread: rows of rank 0, 1, ... of a sample with its one number.
+def thin(weight_NK: Tensor, sample_N: Tensor, share: float, uniform_B: Tensor) -> Tensor:
+    """Fewer candidates of the same expected weights: about `share` of a sample's draws are kept.
+
+    Evenly spaced points on a sample's cumulative weights (systematic sampling) hand their weight to the candidate they
+    fall on, so likely candidates and all parts of a response are kept in proportion.
+
+    Args:
+        weight_NK: a draw weighs 1 / K; candidates that are not computed weigh nothing.
+        sample_N: ascending.
+        uniform_B: one number in [0, 1) a sample.
 
     Returns:
-        chosen_N, bool.
+        weight_NK, mostly zero.
     """
-    at_N = rank_N * share + uniform_N
-    return (at_N + share).floor() > at_N.floor()
+    if share >= 1:
+        return weight_NK
+    spacing = 1 / (weight_NK.shape[1] * share)
+    upto_NK = weight_NK.double().flatten().cumsum(dim=0).view_as(weight_NK)
+    before_NK = upto_NK - weight_NK
+    first_N = torch.searchsorted(sample_N, sample_N)
+    start_N1 = before_NK[first_N, :1] - uniform_B[sample_N, None].double() * spacing
+    points_NK = ((upto_NK - start_N1) / spacing).floor() - ((before_NK - start_N1) / spacing).floor()
+    return torch.where(weight_NK > 0, points_NK * spacing, 0.0).to(weight_NK.dtype)
 
 
 def arrange(

@@ -77,12 +77,29 @@ def test_sample_keys_ignore_padding_and_neighbours() -> None:
     assert keys[0] == keys[2] != keys[1]
 
 
-def test_systematic_choice_is_even_and_unbiased() -> None:
-    rank = torch.arange(10)
-    chosen = torch.stack([ribbon.systematic(rank, 0.3, torch.full((10,), u)) for u in torch.linspace(0, 0.999, 1000)])
-    torch.testing.assert_close(chosen.float().mean(dim=0), torch.full((10,), 0.3), atol=0.01, rtol=0)
-    assert set(chosen.sum(dim=1).tolist()) == {3}
-    assert ribbon.systematic(rank, 1.0, torch.full((10,), 0.73)).all()
+def test_thinned_candidates_are_few_and_keep_their_expected_weights() -> None:
+    weight = torch.tensor(
+        [[0.75, 0.25, 0.0, 0.0], [0.0, 0.25, 0.25, 0.25], [0.5, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]
+    )
+    sample = torch.tensor([0, 0, 0, 2])
+    thinned = torch.stack(
+        [ribbon.thin(weight, sample, 0.25, torch.tensor([u, 0.5, u])) for u in torch.linspace(0, 0.999, 1000).tolist()]
+    )
+    torch.testing.assert_close(thinned.mean(dim=0), weight, atol=3e-3, rtol=0)
+    counts = (thinned > 0).flatten(2).sum(dim=-1)
+    assert set(counts[:, :3].sum(dim=1).tolist()) <= {2, 3}, "2.25 of nine draws"
+    assert set(counts[:, 3].tolist()) == {1}
+    assert torch.equal(ribbon.thin(weight, sample, 1.0, torch.zeros(3)), weight)
+
+
+def test_thinning_a_sample_does_not_depend_on_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(0, 3, (30, 3), generator=generator) / 3
+    sample = torch.arange(30) // 10
+    uniform = torch.rand(3, generator=generator)
+    together = ribbon.thin(weight, sample, 0.3, uniform)
+    alone = [ribbon.thin(weight[sample == b], sample[sample == b] - b, 0.3, uniform[b : b + 1]) for b in range(3)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_drawn_visual_weights_are_unbiased_and_few() -> None:
