@@ -135,7 +135,12 @@ def finish(results: list[Result], settings: Mapping[str, Any], out: Path | None)
         print(
             f"{r.name}: {r.ratio:.3f} ({r.ours:.4g} / {r.theirs:.4g} {r.unit}, n = {r.n}, quartiles {low:.3f} to {high:.3f})"
         )
-    value = {"rows": [asdict(r) for r in results], "settings": dict(settings), "machine": machine()}
+    save([asdict(r) for r in results], settings, out)
+
+
+def save(rows: list[dict[str, Any]], settings: Mapping[str, Any], out: Path | None) -> None:
+    """One JSON line on stdout, and the same in a file when asked."""
+    value = {"rows": rows, "settings": dict(settings), "machine": machine()}
     text = json.dumps(value)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,7 @@ def check(folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
         if stored.get(part) != value
     ]
     if found:
-        raise UserError(f"{folder} was made with another {', another '.join(found)}; or make a new cache")
+        raise UserError(f"{folder} does not fit this run: {', '.join(found)}; or make a new cache")
 
 
 def _hash(value: Any) -> str:

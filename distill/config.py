@@ -84,7 +84,7 @@ class Align:
     drop_gold: bool = True
     layout: Layout = "cached"
     packing: bool = False
-    tpa_share: float = 0.5
+    tpa_share: float = 0.25
     tpa_entropy: float = 0.0
     iva_rows: int = 16
     iva_layer: int = -1

@@ -198,9 +198,9 @@ def test_a_student_that_sees_something_else_is_refused_by_name(
         "image processor": edited(student, tmp_path / "c", "processor_config.json", "0.5", "0.25"),
     }
     for part, folder in other.items():
-        with pytest.raises(UserError, match=f"was made with another {part} .*make a new cache"):
+        with pytest.raises(UserError, match=f"does not fit this run: {part} .*make a new cache"):
             open_cached(config, open_checkpoint(folder), None, "cpu")
-    with pytest.raises(UserError, match="another teacher weights"):
+    with pytest.raises(UserError, match="does not fit this run: teacher weights"):
         open_cached(config, open_checkpoint(student), open_checkpoint(student), "cpu")
 
 
@@ -210,7 +210,7 @@ def test_another_teacher_or_other_options_do_not_go_into_the_same_cache(
     out = caches["short"].out
     with pytest.raises(UserError, match=r"another options of storage .*top_k: 300.*top_k: 64"):
         build(tiny(models, out), CacheOptions(), (0, 1), False)
-    with pytest.raises(UserError, match="another teacher weights"):
+    with pytest.raises(UserError, match="does not fit this run: teacher weights"):
         build(tiny(models, out, teacher=str(models / "student")), CacheOptions(CLOSE, CLOSE), (0, 1), False)
     with pytest.raises(UserError, match=r"another teacher dtype .cache float32, now bfloat16"):
         build(tiny(models, out, teacher_dtype="bfloat16"), CacheOptions(CLOSE, CLOSE), (0, 1), False)
