@@ -16,21 +16,7 @@ from typing import Any
 from distill import presets
 from distill import run as run_module
 from distill import train as train_module
-from distill.data import Example, Examples
-
-
-class Permuted:
-    """A data set whose images belong to other questions."""
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        other = self.examples[(index + len(self) // 2) % len(self)]
-        return dataclasses.replace(self.examples[index], pixels=other.pixels)
+from tests.distill.data_sets import Permuted
 
 
 def follow(out: Path, permuted: bool, **changes: Any) -> list[dict[str, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ from torch import nn
 
 from distill.data import Collator, Example, to_batch
 from distill.objective import Batch
+from distill.trainer import DistillTrainer
 from tests.tiny import make_student
 from vlm import chat, digits, preprocess
 from vlm.load import Checkpoint, load_model, open_checkpoint
 
+SIZES = {"hidden": 64, "head_dim": 16, "intermediate": 96, "spread": 2.0}
 MODELS = [("qwen2", "siglip"), ("qwen3", "siglip"), ("llama", "siglip"), ("qwen2", "clip"), ("qwen3", "clip")]
 
 
@@ -69,3 +74,24 @@ def make_pair(folder: Path, decoder: str, tower: str) -> Pair:
     checkpoint = open_checkpoint(student)
     loaded = load_model(open_checkpoint(teacher)).requires_grad_(False)
     return Pair(loaded, load_model(checkpoint), checkpoint)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher of two layers and a student of one."""
+    folder = tmp_path_factory.mktemp("models")
+    make_student(folder / "teacher", seed=1, layers=2, **SIZES)
+    make_student(folder / "student", seed=2, layers=1, **SIZES)
+    return folder
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Training gets the signal of Ctrl-C when this step begins."""
+    original = DistillTrainer.training_step
+
+    def interrupted(self: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", interrupted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -12,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from distill.data import Example, Examples
 from vlm import digits
 
 
@@ -182,3 +184,17 @@ WRITERS: dict[str, Writer] = {
     "messages saved data set": _saved,
     "llava tar shards": _webdataset,
 }
+
+
+class Permuted:
+    """A data set whose images belong to other questions."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        other = self.examples[(index + len(self) // 2) % len(self)]
+        return dataclasses.replace(self.examples[index], pixels=other.pixels)

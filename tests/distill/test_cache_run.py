@@ -27,7 +27,6 @@ from distill.cache_verify import verify
 from distill.config import Align, TrainConfig
 from distill.report import read_metrics
 from distill.train import train
-from tests.tiny import make_student
 from vlm.errors import GateFailed, UserError
 from vlm.load import open_checkpoint
 
@@ -43,14 +42,6 @@ def _few_samples_measured() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_run, "PROBE", 16)
         yield
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_student(folder / "teacher", seed=1, layers=2, **SIZES)
-    make_student(folder / "student", seed=2, layers=1, **SIZES)
-    return folder
 
 
 def tiny(models: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -156,8 +147,8 @@ def test_offline_tpa_trains_on_the_stored_candidates(
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("short", {"align": Align(temperature=2.0)}, r"another temperature \(cache 1.0, now 2.0; set --align.temp"),
-        ("short", {"align": Align(iva_layer=5)}, r"another IVA layer \(cache \d, now 5"),
+        ("short", {"align": Align(temperature=2.0)}, r"run: temperature \(cache 1.0, now 2.0; set --align.temp"),
+        ("short", {"align": Align(iva_layer=5)}, r"run: IVA layer \(cache \d, now 5"),
         ("short", {"align": Align(direction="reverse")}, "--all_logits, or use forward"),
         ("short", {"objective": "align-ti"}, r"--candidates 4 .*live teacher, or --objective kd\+iva"),
         ("whole", {"objective": "align-ti"}, r"--candidates 4 "),
@@ -208,11 +199,11 @@ def test_another_teacher_or_other_options_do_not_go_into_the_same_cache(
     models: Path, caches: dict[str, cache_run.Built]
 ) -> None:
     out = caches["short"].out
-    with pytest.raises(UserError, match=r"another options of storage .*top_k: 300.*top_k: 64"):
+    with pytest.raises(UserError, match=r"run: options of storage .*top_k: 300.*top_k: 64"):
         build(tiny(models, out), CacheOptions(), (0, 1), False)
     with pytest.raises(UserError, match="does not fit this run: teacher weights"):
         build(tiny(models, out, teacher=str(models / "student")), CacheOptions(CLOSE, CLOSE), (0, 1), False)
-    with pytest.raises(UserError, match=r"another teacher dtype .cache float32, now bfloat16"):
+    with pytest.raises(UserError, match=r"run: teacher dtype .cache float32, now bfloat16"):
         build(tiny(models, out, teacher_dtype="bfloat16"), CacheOptions(CLOSE, CLOSE), (0, 1), False)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from distill import check, check_blind, check_parts, check_steps, cli, presets
 from distill.__main__ import main
 from distill.check_steps import Point
 from distill.data import Collator, Example, to_batch
-from tests.distill.conftest import Pair
+from tests.distill.conftest import Pair, interrupt_at
 from tests.tiny import make_student
 from vlm import digits
 from vlm.errors import GateFailed, UserError
@@ -230,18 +228,10 @@ def test_a_checkpoint_takes_the_disk_that_was_announced(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from distill.train import load_run, train
-    from distill.trainer import DistillTrainer
 
     asked = cli.parse(words(world, "--objective=sft")[1:], "check", check.EXTRAS).stages[0].config
     config = dataclasses.replace(asked, out=tmp_path / "run", save_dtype="float16", freeze="vision")
-    original = DistillTrainer.training_step
-
-    def interrupt(self: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillTrainer, "training_step", interrupt)
+    interrupt_at(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     folder = next((config.out / "checkpoints").glob("checkpoint-*"))

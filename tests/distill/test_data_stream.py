@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from safetensors.torch import load_file
 from distill.config import TrainConfig
 from distill.data import DataOptions, Streamed, StreamOptions, train_sampler, write_skipped
 from distill.train import train
-from distill.trainer import DistillTrainer
 from tests.distill import data_sets
+from tests.distill.conftest import interrupt_at
 from tests.tiny import make_student
 from vlm.errors import DataError
 from vlm.load import Checkpoint, open_checkpoint
@@ -136,14 +134,7 @@ def test_an_interrupted_run_on_a_data_set_ends_with_the_same_bits(
     assert data["format"] == "messages"
     assert data["samples"] == (24 if streaming else 12)
     stopped = dataclasses.replace(whole, out=tmp_path / "stopped")
-    original = DistillTrainer.training_step
-
-    def interrupt(self: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillTrainer, "training_step", interrupt)
+    interrupt_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         train(stopped)
     monkeypatch.undo()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from distill.evaluate import greedy_matches
 from distill.reporter import drop_after
 from distill.stored import config_from_json
 from distill.train import train
-from distill.trainer import DistillTrainer
+from tests.distill.conftest import interrupt_at
 from tests.tiny import make_student
 from vlm import chat, digits
 from vlm.errors import CheckpointError, DataError, GateFailed, UserError
@@ -28,14 +27,6 @@ from vlm.load import load_model, newest_run, open_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = {"hidden": 64, "head_dim": 16, "intermediate": 96, "spread": 2.0}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_student(folder / "teacher", seed=1, layers=2, **SIZES)
-    make_student(folder / "student", seed=2, layers=1, **SIZES)
-    return folder
 
 
 def tiny(models: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -176,14 +167,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resumes(models: Path, tmp_path: Path, mo
     reference = tiny(models, tmp_path / "reference", save_every=100)
     train(reference)
     stopped = dataclasses.replace(reference, out=tmp_path / "stopped")
-    original = DistillTrainer.training_step
-
-    def interrupt(self: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillTrainer, "training_step", interrupt)
+    interrupt_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         train(stopped)
     monkeypatch.undo()

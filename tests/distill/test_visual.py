@@ -20,6 +20,7 @@ from distill.data import Collator, DigitsExamples, Example
 from distill.presets import digits_teacher
 from distill.visual import Gain, Reading, VisualWatch
 from tests.distill.conftest import Pair
+from tests.distill.data_sets import Permuted
 from vlm.load import load_model, open_checkpoint
 
 
@@ -89,20 +90,6 @@ def test_verdicts() -> None:
     assert "\n" not in first
     assert "learns blind" in first
     assert watch.warning(150, reading(-0.01)) is None
-
-
-class Permuted:
-    """A data set whose images belong to other questions."""
-
-    def __init__(self, examples: DigitsExamples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        other = self.examples[(index + len(self) // 2) % len(self)]
-        return dataclasses.replace(self.examples[index], pixels=other.pixels)
 
 
 @pytest.mark.parametrize(("images", "expected"), [("right", None), ("permuted", "do not belong together")])
