@@ -1,9 +1,10 @@
 """KPOD's weights and schedule against plain training on rationales with 60 % filler, at equal tokens seen.
 
-Sums modulo `--modulus`, one step a term ("7 plus 5 gives 2"), every step wrapped in words drawn at random: no model can predict
-them and no answer depends on them. All sides start from the same student, see the same batches in the same order, and are
-scored by decoding: does the answer end with the right conclusion? Reported: steps until `--target` of the held-out questions
-are right (median over seeds), and the score at the end.
+Sums modulo `--modulus`, one step a term ("3 plus 4 gives 2"), every step wrapped in words drawn at random: no model can predict
+them and no answer depends on them. As in the paper, students are no strangers to the language: a seed's student was taught sums
+of two numbers without such words first. All sides start from it, see the same batches in the same order, and are scored by
+decoding: does the answer end with the right conclusion? Reported: steps until `--target` of the held-out questions are right
+(median over seeds), and the score at the end.
 
     python -m benchmarks.kpod_arithmetic --seeds 3 --out benchmarks/results/kpod_arithmetic.json
 """
@@ -31,6 +32,8 @@ from distill.report import read_metrics
 from distill.train import train
 
 FILLER = [a + b for a in ("ba", "de", "fi", "go", "lu") for b in ("no", "ri", "ta", "mu", "se", "ko", "va", "pi")]
+KNOWN_STEPS = 150
+QUIET: dict[str, Any] = {"save_every": 10**6, "visual_every": 0, "report_to": "none", "keep_best": "none", "threads": 1}
 SIDES: dict[str, dict[str, Any]] = {
     "unweighted": {},
     "weights": {"tokens": Tokens("kpod")},
@@ -39,27 +42,27 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def record(chance: random.Random, terms: int, modulus: int) -> dict[str, Any]:
-    """One question of so many terms; of a step's words, 5 say something and 8 do not."""
+def record(chance: random.Random, terms: int, modulus: int, fillers: int = 4) -> dict[str, Any]:
+    """One question of so many terms; of a step's words, 5 say something and twice `fillers` do not."""
     numbers = [chance.randrange(modulus) for _ in range(terms)]
     steps, total = [], numbers[0]
     for number in numbers[1:]:
         said = f"{total} plus {number} gives {(total + number) % modulus}"
         total = (total + number) % modulus
-        before, after = ([chance.choice(FILLER) for _ in range(n)] for n in (4, 4))
+        before, after = ([chance.choice(FILLER) for _ in range(n)] for n in (fillers, fillers))
         steps.append(" ".join([*before, said, *after]))
     return {"question": "sum of " + " ".join(map(str, numbers)), "steps": steps, "answer": total}
 
 
-def write(folder: Path, name: str, count: int, seed: int, terms: int, modulus: int) -> Path:
+def write(folder: Path, name: str, count: int, seed: int, terms: int, modulus: int, fillers: int = 4) -> Path:
     chance = random.Random(seed)
     path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(record(chance, terms, modulus)) + "\n" for _ in range(count)))
+    path.write_text("".join(json.dumps(record(chance, terms, modulus, fillers)) + "\n" for _ in range(count)))
     return path
 
 
 def student(folder: Path, seed: int, terms: int, modulus: int) -> Path:
-    """A small decoder from scratch with a tokenizer for these words."""
+    """A small decoder with a tokenizer for these words, which can add two numbers."""
     chance = random.Random(1)
     texts = []
     for _ in range(400):
@@ -77,11 +80,28 @@ def student(folder: Path, seed: int, terms: int, modulus: int) -> Path:
         vision_hidden=32,
         vision_intermediate=32,
     )
-    where = folder / f"student-{seed}"
+    where = folder / f"new-{seed}"
     save_checkpoint(
         build_model(shape, tokenizer, seed), build_processor(tokenizer, shape), where, {"objective": "none"}
     )
-    return where
+    known = folder / f"known-{seed}"
+    if not (known / "student").exists():
+        data = write(folder, f"known-{seed}", 64 * KNOWN_STEPS, 1000 + seed, 2, modulus, fillers=0)
+        train(
+            TrainConfig(
+                student=str(where),
+                data=data,
+                objective="sft",
+                out=known,
+                steps=KNOWN_STEPS,
+                batch_size=64,
+                lr=2e-3,
+                warmup=0.05,
+                seed=seed,
+                **QUIET,
+            )
+        )
+    return known / "student"
 
 
 def reached(run: Path, target: float) -> tuple[float, float, list[float]]:
@@ -101,11 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--steps", type=int, default=400)
     options.add_argument("--every", type=int, default=25, help="steps between scores")
     options.add_argument("--target", type=float, default=0.9)
-    options.add_argument("--records", type=int, default=2000)
+    options.add_argument("--batch", type=int, default=64)
+    options.add_argument("--records", type=int, default=6400)
     options.add_argument("--terms", type=int, default=3)
-    options.add_argument("--modulus", type=int, default=10)
+    options.add_argument("--modulus", type=int, default=5)
     options.add_argument("--held-out", type=int, default=200)
-    options.add_argument("--lr", type=float, default=3e-3)
+    options.add_argument("--lr", type=float, default=1e-3)
     options.add_argument("--weigher-steps", type=int, default=200)
     options.add_argument("--sides", default=",".join(SIDES))
     options.add_argument("--folder", type=Path, help="keep the runs here, and go on with those that are there")
@@ -129,18 +150,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 objective="sft",
                 out=folder / f"{name}-{seed}",
                 steps=args.steps,
-                batch_size=16,
+                batch_size=args.batch,
                 lr=args.lr,
                 warmup=0.05,
                 seed=seed,
                 eval_every=args.every,
                 eval_samples=args.held_out,
-                save_every=10**6,
-                visual_every=0,
-                report_to="none",
-                threads=args.threads or 1,
-                keep_best="none",
                 log_every=args.every,
+                **QUIET,
                 **{**SIDES[name], **({"kpod": kpod} if SIDES[name] else {})},
             )
             if not (config.out / "student").exists():

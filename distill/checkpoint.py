@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or absent, never half of one.
 
-OUT/checkpoints/checkpoint-N      student as a Hugging Face directory, optimiser, schedule, random states, trainer state
+OUT/checkpoints/checkpoint-N      student as a Hugging Face directory with its processor, optimiser, schedule, random states,
+                                  trainer state
 OUT/checkpoints/.writing          the one being written; renamed when it is on the disk
 OUT/best/step-N, score.json       the student with the best held-out score so far, and that score
 """
@@ -70,9 +71,11 @@ def seconds_of(directory: Path) -> float:
     state = read_json(directory / COMPLETE)
     wrote, now = int(state["processes"]), processes.world()
     if wrote != now:
+        # adapters alone are no student
+        anew = "" if (directory / ADAPTER).is_file() else f", or begin anew from its student: --student {directory}"
         raise UserError(
             f"{directory.name} was written by {wrote} processes and this is a run of {now}, whose steps would be other "
-            f"batches; start {wrote}, or begin anew from its student: --student {directory}"
+            f"batches; start {wrote}{anew}"
         )
     return float(state["seconds"])
 

@@ -25,17 +25,7 @@ GROUPS = (
     ("memory and speed", r"bf16|gradient_checkpointing|cache.*|fsdp.*|compile.*|chunk.*|ddp.*"),
     ("measuring and saving", r"eval_.*|save_.*|log_.*|report.*|visual_.*|keep.*|final|early.*"),
 )
-TRAIN_HELP = """usage: python -m distill train [--recipe NAME | --config FILE] [options]
-
-Train a student. Later sources win: preset, recipe, the recipe's stage, options.
-Options with {true,false} may stand alone for true; hyphens and underscores are the same.
-
-  --recipe NAME         a recipe that comes with the package: {recipes}
-  --config FILE         a YAML recipe: the options below as keys, and `stages:`, a list of `- name: NAME` entries with
-                        the options each stage changes; the student of one stage starts the next
-  --stages.NAME.KEY V   change an option of one stage
-
-which objective, which option (figures are the papers' own, with their models and data; none was measured here):
+WHICH = """which objective, which option (figures are the papers' own, with their models and data; not measured here):
   sft, kd            baselines; always compare with kd given the same time
   align-ti           a teacher of the same tokenizer runs beside or is cached. Six benchmarks, 1B student: 66.65 (kd
                      65.0, sft 64.3), for 1.43 times the GPU hours of kd (arXiv 2602.09483)
@@ -50,7 +40,18 @@ which objective, which option (figures are the papers' own, with their models an
   --optim fira       the optimiser's state does not fit. C4, LLaMA-1B: perplexity 14.31 (GaLore 15.64, Adam 15.56) at
                      6.98 against 10.40 GB (arXiv 2410.01623); language modelling only
   --lora.r 16        still less memory, fewer weights train
+"""
+TRAIN_HELP = """usage: python -m distill train [--recipe NAME | --config FILE] [options]
 
+Train a student. Later sources win: preset, recipe, the recipe's stage, options.
+Options with {true,false} may stand alone for true; hyphens and underscores are the same.
+
+  --recipe NAME         a recipe that comes with the package: {recipes}
+  --config FILE         a YAML recipe: the options below as keys, and `stages:`, a list of `- name: NAME` entries with
+                        the options each stage changes; the student of one stage starts the next
+  --stages.NAME.KEY V   change an option of one stage
+
+{which}
 examples:
   python -m distill train --preset digits --objective align-ti
   python -m distill train --preset digits --objective lavit
@@ -81,7 +82,7 @@ WIDTH = 118
 
 def page(command: str, extras: tuple[Extra, ...] = (AS_JSON,)) -> str:
     """The whole help text of `train` or `check`."""
-    head = PAGES[command].replace("{recipes}", ", ".join(recipes()))
+    head = PAGES[command].replace("{recipes}", ", ".join(recipes())).replace("{which}", WHICH)
     return head + "".join(_group(title, actions) for title, actions in grouped(command, extras))
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from distill import presets
 from distill.cli import parse_train
+from distill.cli_help import WHICH
 from distill.config import OBJECTIVES, TrainConfig
 from vlm.console import Parser, Progress, natural, note, print_json, table
 from vlm.errors import ToolError, UserError
@@ -82,9 +83,15 @@ def parse(argv: Sequence[str]) -> Plan:
     parser = Parser(
         prog="python -m distill compare",
         description="Train every objective with every seed at equal steps and at equal time; print mean and spread.",
-        epilog="examples:\n"
+        epilog=f"{WHICH}\n"
+        "Every method is one entry of --objectives: `lavit`, `sft:optim=fira;fira.rank=16`, or with reasonings\n"
+        "`sft:format=rationale;tokens.weights=kpod;schedule=kpod` beside `sft:format=rationale`. A method that costs more a\n"
+        "step (align-ti, lavit, fira) has to win the column of equal time, too.\n"
+        "\n"
+        "examples:\n"
         "  python -m distill compare --preset digits --objectives sft,kd,align-ti --seeds 3\n"
-        '  python -m distill compare --preset digits --objectives "sft,sft:optim=fira;fira.rank=16" --seeds 3\n',
+        '  python -m distill compare --preset digits --objectives "sft,sft:optim=fira;fira.rank=16" --seeds 3\n'
+        "  python -m distill compare --preset digits --objectives sft,lavit --seeds 3\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", default="digits", choices=sorted(presets.PRESETS))

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 class Family:
-    """LLaVA, and what the other classes share with it."""
+    """LLaVA, and what the other classes share with it.
+
+    Attributes:
+        extended: several position ids a token, or features added in the decoder.
+    """
+
+    extended = False
 
     def decoder(self, model: Any) -> Any:
         """The causal decoder: takes inputs_embeds, returns the last hidden states."""
@@ -68,6 +74,8 @@ class Onevision(Family):
 
 
 class QwenVL(Family):
+    extended = True
+
     def features(self, model: Any, pixels_NCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
         vision = model.config.vision_config
         patches, grid_N3 = patchify(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill import access
 from distill.batch import Batch
+from distill.families import family
 from distill.ribbon import for_decoder
 from vlm.errors import UserError
 
@@ -45,6 +46,15 @@ def prompts(batch: Batch) -> Batch:
     )
 
 
+def refuse(model: nn.Module) -> None:
+    """Raises UserError for a class whose answers `greedy` cannot decode, before anything is trained."""
+    if family(model).extended:
+        raise UserError(
+            f"answers with a reasoning cannot be decoded from {type(model).__name__} (several position ids a token or deep "
+            "features); take a LLaVA student"
+        )
+
+
 @torch.no_grad()
 def greedy(model: nn.Module, batch: Batch, limit: int, stop_B: Tensor) -> Tensor:
     """ids_BT of the likeliest continuation of each prompt, at most `limit` tokens; after `stop_B` only that token.
@@ -56,14 +66,10 @@ def greedy(model: nn.Module, batch: Batch, limit: int, stop_B: Tensor) -> Tensor
     Raises:
         UserError: a class with several position ids a token or deep features.
     """
+    refuse(model)
     decoder, head = access.decoder(model), access.head(model)
     taken = access.inputs(model, batch)
     mask_BT, position_BT = batch.attention_mask_BT, taken.position_BT
-    if taken.deep or position_BT.ndim != 2:
-        raise UserError(
-            f"answers with a reasoning cannot be decoded from {type(model).__name__} (several position ids a token or deep "
-            "features); take a LLaVA student"
-        )
     output = decoder(
         inputs_embeds=taken.embeds_BTD,
         attention_mask=mask_BT,

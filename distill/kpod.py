@@ -135,7 +135,7 @@ def header(config: TrainConfig) -> str:
     )
     return (
         f"kpod: {weights} {plan} normalise={config.tokens.normalise}; not as in {PAPER}: images in the prompt, the student's "
-        "own chat template, a copy of the student as predictor, "
+        "own chat template, a copy of the student as predictor, a weigher that looks back only, "
         f"{kpod.prefixes} prefixes drawn of all, clusters of mean student embeddings, stages of equal steps"
     )
 

@@ -26,7 +26,7 @@ class FiraOptions:
             which differs where scale is not 1), or none, which is GaLore.
         scaling: the residual's factor is taken by column (paper) or once a matrix.
         limit: the scaled residual's norm may grow by this factor a step; 0 does not limit it.
-        svd: exact, or randomized (oversampling 8, two power iterations): much faster for wide matrices.
+        svd: exact (eigenvectors of G G' in double precision), or randomized (oversampling 8, two power iterations): faster.
         moments: type the two low-rank moments are kept in.
         targets: `auto` (every linear layer of the decoder) or a regular expression of parameter names; the rest is AdamW's.
         per_layer: update a parameter as soon as its gradient is there and drop the gradient, so that never two of them are

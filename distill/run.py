@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distill import cache, evaluate, kpod, models, optimizers, placement, presets, processes
+from distill import cache, evaluate, generate, kpod, models, optimizers, placement, presets, processes
 from distill.access import width
 from distill.config import Align, TrainConfig
 from distill.data import (
@@ -122,6 +122,9 @@ def load_run(config: TrainConfig) -> Run:
     data = _data(config, student_source)
     if kpod.wanted(config):
         kpod.refuse_without_steps(data.train)
+    if any(held_out is not None and held_out[0].steps is not None for held_out in (data.validation, data.test)):
+        # these are scored by decoding, which would stop the run at its first evaluation
+        generate.refuse(student)
     if config.optim_state is not None:
         optimizers.refuse_without_state(config.optim_state)
     if len(data.train) < config.batch_size:

@@ -97,8 +97,9 @@ def train(config: TrainConfig) -> TrainResult:
     align = recomputed(run)
     objective = run.objective(align, iva_layer)
     collate = run.collate()
+    watch, processor = _watch(run, collate), models.processor_of(run.student_source)
     trainer = DistillTrainer(
-        config, run.student, objective, run.data.train, collate, run.validate, _watch(run, collate), adjust
+        config, run.student, objective, run.data.train, collate, run.validate, watch, adjust, processor
     )
     trainer.started = started
     found = processes.first(lambda: checkpoint.last(config.out)) if config.resume else None

@@ -37,6 +37,7 @@ class DistillTrainer(Trainer):
         evaluate_now: held-out scores of the student, called in every process with the trainer.
         inspect: called after every step in every process; what it returns is logged.
         adjust: (tensors of a micro-batch, optimiser step from 0) -> the tensors to train on at that step.
+        processor: written beside every checkpoint's weights, so that a checkpoint is a student to open.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class DistillTrainer(Trainer):
         evaluate_now: Callable[[DistillTrainer], dict[str, float]],
         inspect: Callable[[DistillTrainer, int], dict[str, Any]] | None = None,
         adjust: Adjust | None = None,
+        processor: Any = None,
     ) -> None:
         self.config, self.objective = config, objective
         self.student = student
@@ -67,6 +69,7 @@ class DistillTrainer(Trainer):
         for callback in loggers(config):
             self.add_callback(callback)
         self.evaluate_now, self.inspect, self.adjust = evaluate_now, inspect, adjust
+        self.processor = processor
         self.loss_is_scaled_for_ga = True
         self._window = _Window()
         self._micro_batch, self._inspected = 0, 0
@@ -248,6 +251,8 @@ class DistillTrainer(Trainer):
         if self.args.should_save:
             self._write(lambda: checkpoint.save_student(self.student, Path(str(output_dir)), weights))
             self._write(lambda: checkpoint.save_extra(self.extra, Path(str(output_dir))))
+            if self.processor is not None:
+                self._write(lambda: self.processor.save_pretrained(Path(str(output_dir))))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -10,6 +10,9 @@
 A masked token's embedding is m e + (1 - m) e_mask, so L_p reaches w. (An unofficial implementation puts other token ids in
 place instead: then only L_m acts, and all weights decay.) Of the prefixes a few are drawn, and L_p is scaled up to all.
 
+The attention looks back only, of which the paper says nothing. A weigher that saw the whole reasoning told the predictor, by
+which fillers of a prefix it kept, what comes behind the prefix, and the weights of those fillers rose with training.
+
 Shape legend: B = samples, R = rationale tokens, X = B x prefixes drawn, T = tokens of the conversation, D = hidden.
 """
 
@@ -23,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 HEADS, TEMPERATURE = 4, (1.0, 0.5)
+# share of the steps until a kept token costs all of alpha
+FREE = 0.5
 
 
 class Weigher(nn.Module):
@@ -44,8 +49,14 @@ class Weigher(nn.Module):
         normed_BRD = self.norm(embeds_BRD)
         # a rationale of padding only still needs one key
         hidden_BR = ~real_BR & real_BR.any(dim=1, keepdim=True)
+        later_RR = torch.ones(*hidden_BR.shape[1:] * 2, dtype=torch.bool, device=hidden_BR.device).triu(1)
         mixed_BRD, _ = self.attention(
-            normed_BRD, normed_BRD, normed_BRD, key_padding_mask=hidden_BR, need_weights=False
+            normed_BRD,
+            normed_BRD,
+            normed_BRD,
+            key_padding_mask=hidden_BR,
+            attn_mask=later_RR,
+            need_weights=False,
         )
         logit_BR: Tensor = self.last(self.score(normed_BRD + mixed_BRD))[..., 0]
         return logit_BR
@@ -122,6 +133,11 @@ def losses(
     return Losses((cost_X * scale_X).sum() / count, (mask_BR * real_BR).sum() / count)
 
 
+def price(step: int, steps: int, alpha: float) -> float:
+    """alpha, reached slowly: while the predictor cannot read a reasoning yet only the price would act, and let all go."""
+    return alpha * min(1.0, step / max(FREE * steps, 1.0))
+
+
 def anneal(step: int, steps: int) -> float:
     """Temperature of the relaxation, from 1 down to 0.5."""
     first, last = TEMPERATURE
@@ -146,7 +162,7 @@ def fit(
     every = [p for parameters, _ in trained for p in parameters]
     for step in range(steps):
         found = loss_of(step, anneal(step, steps))
-        found.total(alpha).backward()
+        found.total(price(step, steps, alpha)).backward()
         nn.utils.clip_grad_norm_(every, 1.0)
         optimizer.step()
         optimizer.zero_grad()

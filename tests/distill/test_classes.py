@@ -19,7 +19,7 @@ from distill.families import FAMILIES, patchify
 from distill.train import train
 from tests.distill.test_models import MROPE, TEXT
 from vlm import chat, digits, preprocess
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, UserError
 from vlm.load import open_checkpoint
 
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -165,6 +165,22 @@ def test_a_pair_trains_and_the_student_opens_again(shelf: Path, tmp_path: Path, 
     start = models._open(shelf / "student")[0].state_dict()
     assert moved.keys() == start.keys()
     assert any(not torch.equal(moved[name], start[name]) for name in start)
+
+
+def test_reasonings_that_could_not_be_decoded_are_refused_before_training(tmp_path: Path) -> None:
+    config = TrainConfig(
+        preset="digits",
+        format="rationale",
+        objective="sft",
+        student=str(make_qwen(tmp_path / "qwen", 1)),
+        out=tmp_path / "run",
+        samples=8,
+        batch_size=2,
+        steps=1,
+    )
+    with pytest.raises(UserError, match=r"cannot be decoded from Qwen2_5_VL.*take a LLaVA student"):
+        train(config)
+    assert not config.out.exists(), "nothing was written"
 
 
 def test_images_without_one_size_are_refused(tmp_path: Path) -> None:

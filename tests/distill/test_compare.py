@@ -123,6 +123,16 @@ def test_every_method_can_be_compared(tmp_path: Path) -> None:
     assert len({compare._folder(name) for name in names.split(",")}) == 7
 
 
+def test_help_says_when_to_use_which(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        compare.parse(["--help"])
+    said = capsys.readouterr().out
+    assert left.value.code == 0
+    for paper in ("2602.09483", "2601.10129", "2405.16064", "2410.01623"):
+        assert paper in said
+    assert "sft:optim=fira;fira.rank=16" in said
+
+
 def test_finished_runs_are_not_repeated(runs: Runs, tmp_path: Path) -> None:
     compare.main(arguments(tmp_path / "c"))
     first = len(runs.seen)

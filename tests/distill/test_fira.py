@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill import optimizers
 from distill.config import Lora, TrainConfig
-from distill.fira import NORM, PROJECTOR, Fira, range_finder
+from distill.fira import NORM, PROJECTOR, Fira, column_norms, left_vectors, range_finder
 from distill.methods import FiraOptions
 from distill.optimizers import build_optimizer, estimate_memory, low_rank_bytes, take_over
 from distill.train import train
@@ -156,14 +156,38 @@ def regression(residual: str, refresh: int, seed: int, steps: int = 600) -> tupl
 
 @pytest.mark.parametrize("refresh", [100_000, 50])
 def test_fira_reaches_a_full_rank_target_and_galore_does_not(refresh: int) -> None:
-    for seed in range(2):
+    for seed in range(3):
         ours, rank = regression("orthogonal", refresh, seed)
         theirs, low = regression("none", refresh, seed)
         assert rank == 16
-        assert ours < 1e-6
-        assert ours < theirs / 1e3
+        print(refresh, ours, theirs, low)
+        assert ours < 1e-20
+        assert theirs > 1e-3
         if refresh > 600:
             assert low == 2
+
+
+def test_exact_vectors_are_those_of_a_singular_value_decomposition() -> None:
+    """Of single precision they come from G G' in double precision: also with values over six orders of magnitude."""
+    random = torch.Generator().manual_seed(2)
+    left = torch.linalg.qr(torch.randn(40, 40, generator=random, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(70, 40, generator=random, dtype=torch.float64)).Q
+    gradient = left @ torch.diag(torch.logspace(0, -6, 40).double()) @ right.T
+    for kind, near in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        found = left_vectors(gradient.to(kind), 12)
+        assert found.dtype == kind
+        torch.testing.assert_close(
+            (found.T @ left[:, :12].to(kind)).abs(), torch.eye(12, dtype=kind), atol=near, rtol=0
+        )
+    nothing = left_vectors(torch.zeros(5, 8), 3)
+    torch.testing.assert_close(nothing.T @ nothing, torch.eye(3))
+
+
+@pytest.mark.parametrize("shape", [(300, 7), (7, 300), (128, 5), (1, 1)])
+def test_column_norms(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64)
+    for given in (matrix, matrix.T.contiguous().T):
+        torch.testing.assert_close(column_norms(given), torch.linalg.vector_norm(matrix, dim=0))
 
 
 def test_the_randomised_decomposition_finds_the_same_space() -> None:
