@@ -5,7 +5,7 @@ State bytes are counted over the tensors both optimisers really hold after a ste
 decomposition, every `fira.refresh` steps) is timed apart, exact and randomised, matrix shape by matrix shape, and its share
 added to the step.
 
-    python -m benchmarks.optim_memory --rounds 7 --threads 1 --out benchmarks/results/optim_memory-cpu.json
+    python -m benchmarks.optim_memory --rounds 9 --threads 1 --out benchmarks/results/optim_memory-cpu.json
 """
 
 from __future__ import annotations
