@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -29,7 +29,6 @@ from runtime.api import (
     Reuse,
     Sampling,
     Span,
-    SpellsTokens,
     Stage,
     StreamBackend,
     Sync,
@@ -45,6 +44,7 @@ from vlm.errors import UserError
 
 Listener: TypeAlias = "Callable[[Event | Failed], None]"
 _NEW: Any = tuple.__new__
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Shared:
 
     Attributes:
         prefill_chunk: prompt tokens between two looks at the cancel flag.
+        pieces: text of every token by itself, from a backend that knows.
     """
 
     clock: Clock
@@ -75,6 +76,7 @@ class Shared:
     context: Context
     closing: threading.Event
     prefill_chunk: int
+    pieces: Mapping[int, str | bytes] | None = None
 
 
 class _Stopped(Exception):
@@ -153,8 +155,8 @@ class StepRun(_Timed):
         keys = prompt_keys(prompt, tokens_per_image)
         kept = self.shared.context.shared(keys) if self.job.reuse == "all" else 0
         self._lap("preprocess", announce=True)
-        embeds = self._encode(prompt, kept)
-        self.usage = replace(self.usage, cached_tokens=kept)
+        embeds, cached_images = self._encode(prompt, kept)
+        self.usage = Usage(len(prompt.ids), self.usage.image_tokens, kept, 0, cached_images)
         logits_V = self._prefill(prompt, embeds, keys, kept)
         return self._decode(logits_V, prompt, Sampler(self.job.sampling, prompt.ids, constraint), limit, kept)
 
@@ -173,12 +175,15 @@ class StepRun(_Timed):
         unknown = False
         messages = []
         for message in self.job.messages:
+            if not any(isinstance(part, EncodedImage) for part in message.content):
+                messages.append(message)
+                continue
             parts: list[Part] = []
             for part in message.content:
                 if isinstance(part, EncodedImage):
                     files += 1
                     image = self._decoded(part)
-                    unknown |= image.rgb.size > 0
+                    unknown |= image.rgb is not NO_PIXELS
                     parts.append(image)
                 else:
                     parts.append(part)
@@ -190,16 +195,16 @@ class StepRun(_Timed):
     def _decoded(self, encoded: EncodedImage) -> Image:
         images = self.shared.images
         if self.job.reuse != "none" and (digest := images.digest_of(encoded.data)) is not None:
-            return Image(np.empty((0, 0, 3), np.uint8), digest)
+            return Image(NO_PIXELS, digest)
         image = decode_image(encoded)
         if self.job.reuse != "none":
             images.remember(encoded.data, image.digest)
         return image
 
-    def _encode(self, prompt: Prompt, kept: int) -> list[Any]:
-        """One embedding per image; None for those the kept context covers."""
+    def _encode(self, prompt: Prompt, kept: int) -> tuple[list[Any], int]:
+        """One embedding per image, None for those the kept context covers; and how many were not computed."""
         if not prompt.images:
-            return []
+            return [], 0
         images, tokens = self.shared.images, self.backend.info.tokens_per_image
         embeds: list[Any] = [None] * len(prompt.images)
         missing: dict[str, list[int]] = {}
@@ -222,9 +227,8 @@ class StepRun(_Timed):
                 embeds[at] = embeds_TD
             if self.job.reuse != "none":
                 images.put(image.digest, embeds_TD)
-        self.usage = replace(self.usage, cached_images=len(prompt.images) - len(missing))
         self._end_vision(tokens if missing else 0)
-        return embeds
+        return embeds, len(prompt.images) - len(missing)
 
     def _end_vision(self, tokens: int) -> None:
         if self.job.sync != "none":
@@ -292,7 +296,7 @@ class StepRun(_Timed):
         return "length"
 
     def _detokenizer(self) -> Detokenizer | TableDetokenizer:
-        pieces = self.backend.pieces() if isinstance(self.backend, SpellsTokens) else None
+        pieces = self.shared.pieces
         return Detokenizer(self.backend.detokenize) if pieces is None else TableDetokenizer(pieces)
 
     def _limit(self, prompt_tokens: int) -> int:

@@ -111,13 +111,13 @@ class Source:
         except Exception as error:  # a template may raise anything: it is a program that came with the model
             raise UserError(f"the chat template refuses this conversation ({error})") from None
         images = [part for message in messages for part in message.content if isinstance(part, Image)]
-        slots = ids.count(self.tokenizer.spec.image_token_id)
-        if slots != len(images) * self.image.tokens:
+        slot = self.tokenizer.spec.image_token_id
+        at = [i for i, token_id in enumerate(ids) if token_id == slot]
+        if (slots := len(at)) != len(images) * self.image.tokens:
             raise UserError(
                 f"the prompt has {slots} image tokens for {len(images)} images of {self.image.tokens}; "
                 "put images in user messages only"
             )
-        at = [i for i, token_id in enumerate(ids) if token_id == self.tokenizer.spec.image_token_id]
         prepared = tuple(
             PreparedImage(
                 image.digest, None if image.digest in at_hand else to_pixels(to_pillow(image), self.image), start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from runtime import cache
 from runtime.api import Done, EncodedImage, Event, Failed, Image, Message, Sampling, Span
 from runtime.backend_fake import IMAGE_TOKENS, FakeBackend, FakeScript
 from runtime.cache import Context, ImageCache
@@ -279,3 +281,19 @@ def test_stage_sync_waits_at_every_border() -> None:
         got = done(engine, question("hi", picture()), sync="all")
     assert backend.calls == ["prepare", "encode", "sync", "prefill", "sync", "step", "sync", "step", "sync"]
     assert isinstance(got.spans[0], Span)
+
+
+def test_files_are_known_by_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = ImageCache(1 << 20, "p")
+    images.put("content", np.zeros(4, np.uint8))
+    large = b"x" * (cache.SMALL_FILE + 1)
+    for file in (b"small", large):
+        images.remember(file, "content")
+        assert images.digest_of(file) == "content"
+    for name in (hashlib.sha256(large).digest(), hashlib.sha256(large).hexdigest().encode()):
+        assert images.digest_of(name) is None, "somebody sent the name of a file instead of the file"
+    monkeypatch.setattr(cache, "SMALL_FILES_BYTES", 25_000)
+    files = [bytes([n]) * 10_000 for n in range(3)]
+    for file in (*files, files[2]):
+        images.remember(file, "content")
+    assert [images.digest_of(file) for file in files] == [None, "content", "content"]
