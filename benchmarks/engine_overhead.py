@@ -1,14 +1,17 @@
 """What the engine adds to the time per token: engine against a bare loop over the same model, in turns.
 
-    python -m benchmarks.engine_overhead runs/NAME/student artifacts/NAME-onnx artifacts/NAME-gguf --tokens 200
+    python -m benchmarks.engine_overhead runs/NAME/student artifacts/NAME-onnx artifacts/NAME-gguf --rounds 200 --threads 1
 
-ours = TPOT through the engine (sampling, detokenising, stop strings, timing, events, cancel checks), once with the caller
-asleep until the end (`complete`) and once with a caller that wakes for every token (`generate`); theirs = the bare loop:
-argmax and one step per token, nothing else. `raw` is the bare loop written directly on llama.cpp's C functions, with its
-token, batch and logits made once. All are medians over the tokens of one answer: `wall` is the interval between two steps on
-the clock, `cpu` the same in processor time of the thread that runs the model. Steps are the same code on all sides but vary by
-more than the engine adds, so `outside` takes the time between the end of one step and the start of the next of each side, and
-adds one step time, the median of all sides and rounds, to both.
+ours = the engine (sampling, detokenising, stop strings, timing, events, cancel checks), once with the caller asleep until the
+end (`complete`) and once with a caller that wakes for the tokens (`generate`); theirs = the bare loop: argmax and one step per
+token, nothing else, on a thread of its own like the engine's. `raw` is the bare loop written directly on llama.cpp's C
+functions, with its token, batch and logits made once.
+
+Steps are the same code on all sides and vary by more than the engine adds, so answers are short and many: every round has one
+of each side on the same picture, in another order, and what counts is the median over the rounds of the ratio within a round,
+with a bootstrap interval. Time per token runs from the start of the first step of an answer to the start of its last: `wall` on
+the clock, `cpu` in processor time of the thread that runs the model. Exit code 1 if an interval of `engine / bare` ends above
+the limit of 3 %.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Result, compare, finish, parser
+from benchmarks.common import Result, finish, paired, parser
 from runtime.api import Backend, Sampling, StreamBackend
 from runtime.backend_gguf import GgufBackend
 from runtime.engine import Engine
@@ -31,51 +35,39 @@ from runtime.images import from_pillow, question
 from runtime.loading import load
 from vlm import digits
 
-
-@dataclass(frozen=True)
-class Timed:
-    """Medians of one answer in milliseconds: between two steps on the clock and in processor time, outside steps, inside."""
-
-    wall: float
-    cpu: float
-    outside: float
-    inside: float
+LIMIT = 1.03
+WARM_UP = 3
 
 
+@dataclass
 class Stamps:
-    """Clock and processor time at the start of every step, clock at its end."""
+    """Clock and processor time at the start of the first and of the last of `steps` steps."""
 
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        self.cpu: list[int] = []
+    steps: int
+    seen: int = 0
+    wall: list[int] = field(default_factory=list)
+    cpu: list[int] = field(default_factory=list)
 
-    def start(self) -> None:
-        self.cpu.append(time.thread_time_ns())
-        self.starts.append(time.perf_counter_ns())
+    def step(self) -> None:
+        self.seen += 1
+        if self.seen in (1, self.steps):
+            self.wall.append(time.perf_counter_ns())
+            self.cpu.append(time.thread_time_ns())
 
-    def end(self) -> None:
-        self.ends.append(time.perf_counter_ns())
-
-    def medians(self) -> Timed:
-        between = [[b - a for a, b in itertools.pairwise(times)] for times in (self.starts, self.cpu)]
-        outside = [start - end for end, start in zip(self.ends, self.starts[1:], strict=False)]
-        inside = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
-        return Timed(*(statistics.median(values) / 1e6 for values in (*between, outside, inside)))
+    def per_token_ms(self) -> tuple[float, float]:
+        return tuple((b - a) / 1e6 / (self.steps - 1) for a, b in (self.wall, self.cpu))  # type: ignore[return-value]
 
 
 @contextmanager
 def stamped(engine: Engine, stamps: Stamps) -> Iterator[Backend]:
-    """The engine's backend, every step stamped, in the engine and outside of it alike."""
+    """The engine's backend with every step counted, inside the engine and outside of it alike."""
     backend = engine._backend
     assert not isinstance(backend, StreamBackend)
-    step = backend.step
+    step, stamp = backend.step, stamps.step
 
     def watched(token_id: int) -> Any:
-        stamps.start()
-        logits_V = step(token_id)
-        stamps.end()
-        return logits_V
+        stamp()
+        return step(token_id)
 
     backend.step = watched  # type: ignore[method-assign]
     try:
@@ -84,38 +76,32 @@ def stamped(engine: Engine, stamps: Stamps) -> Iterator[Backend]:
         backend.step = step  # type: ignore[method-assign]
 
 
-def engine_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
+def engine_loop(engine: Engine, messages: list[Any], stamps: Stamps) -> None:
     """Through the engine, the caller asleep until the end."""
-    stamps = Stamps()
     with stamped(engine, stamps):
-        engine.complete(messages, Sampling(max_new_tokens=tokens, ignore_eos=True), reuse="none")
-    return stamps.medians()
+        engine.complete(messages, Sampling(max_new_tokens=stamps.steps + 1, ignore_eos=True), reuse="none")
 
 
-def stream_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
-    """Through the engine, the caller awake for every token."""
-    stamps = Stamps()
+def stream_loop(engine: Engine, messages: list[Any], stamps: Stamps) -> None:
+    """Through the engine, the caller awake for the tokens."""
     with stamped(engine, stamps):
-        for _ in engine.generate(messages, Sampling(max_new_tokens=tokens, ignore_eos=True), reuse="none"):
+        for _ in engine.generate(messages, Sampling(max_new_tokens=stamps.steps + 1, ignore_eos=True), reuse="none"):
             pass
-    return stamps.medians()
 
 
-def bare_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
+def bare_loop(engine: Engine, messages: list[Any], stamps: Stamps) -> None:
     """The same steps with an argmax between them."""
-    stamps = Stamps()
     with stamped(engine, stamps) as backend:
         prompt = backend.prepare(messages)
         logits_V = backend.prefill(prompt, backend.encode(prompt.images))
         engine._shared.context.keep(0)
-        for _ in range(tokens - 1):
+        for _ in range(stamps.steps):
             logits_V = backend.step(int(np.argmax(logits_V)))
-    return stamps.medians()
 
 
-def raw_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
+def raw_loop(engine: Engine, messages: list[Any], stamps: Stamps) -> None:
     """llama_decode and an argmax over its own logits, no class of ours in between."""
-    backend, stamps = engine._backend, Stamps()
+    backend = engine._backend
     assert isinstance(backend, GgufBackend)
     prompt = backend.prepare(messages)
     logits_V = backend.prefill(prompt, backend.encode(prompt.images))
@@ -123,63 +109,63 @@ def raw_loop(engine: Engine, messages: list[Any], tokens: int) -> Timed:
     llama, context = backend._llama, backend._context
     token = (llama.llama_token * 1)()
     batch = llama.llama_batch_get_one(token, 1)
-    decode, logits_of = llama.llama_decode, llama.llama_get_logits_ith
-    for _ in range(tokens - 1):
+    decode, logits_of, stamp = llama.llama_decode, llama.llama_get_logits_ith, stamps.step
+    for _ in range(stamps.steps):
         token[0] = int(np.argmax(logits_V))
-        stamps.start()
-        failed = decode(context, batch) or not logits_of(context, -1)  # asking for them is what waits for the device
-        stamps.end()
-        if failed:
+        stamp()
+        if decode(context, batch) or not logits_of(context, -1):  # asking for them is what waits for the device
             raise RuntimeError("llama_decode failed")
-    return stamps.medians()
 
 
 def measure(engine: Engine, tokens: int, rounds: int) -> list[Result]:
-    """Rounds of every side, each round starting with another one."""
-    sides: dict[str, Callable[[Engine, list[Any], int], Timed]] = {
+    """Rounds of every side; the orders of a round take turns."""
+    sides: dict[str, Callable[[Engine, list[Any], Stamps], None]] = {
         "engine": engine_loop,
         "stream": stream_loop,
         "bare": bare_loop,
     }
     if isinstance(engine._backend, GgufBackend):
         sides["raw"] = raw_loop
-    seen: dict[str, list[Timed]] = {name: [] for name in sides}
-    names = list(sides)
-    for turn in range(rounds + 1):
-        messages = [question("Read the top row.", from_pillow(digits.sample("test", turn).image))]
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            timed = sides[name](engine, messages, tokens)
-            if turn:
-                seen[name].append(timed)
-    step = statistics.median(timed.inside for values in seen.values() for timed in values)
-    measures: dict[str, Callable[[Timed], float]] = {
-        "outside": lambda timed: timed.outside + step,
-        "wall": lambda timed: timed.wall,
-        "cpu": lambda timed: timed.cpu,
-    }
+    wall: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+    orders = list(itertools.permutations(sides))
+    with ThreadPoolExecutor(1) as own_thread:
+        for turn in range(WARM_UP + rounds):
+            messages = [question("Read the top row.", from_pillow(digits.sample("test", turn).image))]
+            for name in orders[turn % len(orders)]:
+                stamps = Stamps(tokens)
+                if name in ("bare", "raw"):
+                    own_thread.submit(sides[name], engine, messages, stamps).result()
+                else:
+                    sides[name](engine, messages, stamps)
+                if turn >= WARM_UP:
+                    each = stamps.per_token_ms()
+                    wall[name].append(each[0])
+                    cpu[name].append(each[1])
     results = []
-    for measure_name, of in measures.items():
-        times = {name: [of(timed) for timed in values] for name, values in seen.items()}
-        for ours, theirs in itertools.product(("engine", "stream"), names[2:]):
-            label = (
-                f"{ours} / {theirs}, {engine.info.name}, {engine.info.backend} {engine.info.precision}, {measure_name}"
-            )
-            results.append(compare(label, times[ours], times[theirs], "ms per token"))
+    model = f"{engine.info.name}, {engine.info.backend} {engine.info.precision}"
+    for (clock, times), theirs in itertools.product((("wall", wall), ("cpu", cpu)), list(sides)[2:]):
+        for ours in ("engine", "stream"):
+            label = f"{ours} / {theirs}, {model}, {clock}"
+            results.append(paired(label, times[ours], times[theirs], "ms per token"))
+        print(f"{model}: quickest {theirs} {min(times[theirs]):.4f} ms, median {statistics.median(times[theirs]):.4f}")
     return results
 
 
-def main() -> None:
+def main() -> int:
     arguments_of = parser(__doc__ or "")
     arguments_of.add_argument("artifacts", nargs="+")
-    arguments_of.add_argument("--tokens", type=int, default=200)
+    arguments_of.add_argument("--tokens", type=int, default=48, help="steps of one answer")
+    arguments_of.set_defaults(rounds=100)
     arguments = arguments_of.parse_args()
     results = []
     for artifact in arguments.artifacts:
         with load(artifact, threads=max(arguments.threads, 1)) as engine:
             results += measure(engine, arguments.tokens, arguments.rounds)
-    finish(results, {"tokens": arguments.tokens, "rounds": arguments.rounds}, arguments.out)
+    finish(results, {"tokens": arguments.tokens, "rounds": arguments.rounds, "limit": LIMIT}, arguments.out)
+    held = [r.interval is not None and r.interval[1] <= LIMIT for r in results if r.name.startswith("engine / bare")]
+    return 0 if all(held) else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import ipaddress
 import os
 import signal
@@ -39,8 +41,9 @@ def main(argv: Sequence[str]) -> int:
     entries = catalogue.named(arguments.artifact) if arguments.artifact else catalogue.find()
     engines = Engines(entries, _loader(arguments.backend))
     try:
-        default = _load_first(engines)
         with tempfile.TemporaryDirectory(prefix="align-edge-demo-") as folder:
+            _import_meanwhile(Path(folder))
+            default = _load_first(engines)
             _serve(engines, default, Path(folder), options)
     finally:
         engines.close()
@@ -111,9 +114,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def _loader(backend: str) -> Any:
-    from runtime import load
+    from runtime.engine_process import load_apart
 
-    return lambda path: load(path, backend=backend)
+    # beside a web server in the same process a fast model loses a fifth of its speed
+    return lambda path: load_apart(path, backend=backend)
 
 
 def _load_first(engines: Engines) -> str:
@@ -133,11 +137,21 @@ def _load(engines: Engines, key: str) -> str:
     return key
 
 
-def _serve(engines: Engines, default: str, folder: Path, options: Options) -> None:
-    """Serve until interrupted; what people upload lies in `folder` and goes with it."""
+def _import_meanwhile(folder: Path) -> None:
+    """Gradio takes seconds to import: it does so while the model loads in its own process."""
     # set before the import: Gradio reads them then
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+
+    def work() -> None:
+        with contextlib.suppress(ImportError):  # `_serve` says what is missing
+            importlib.import_module("gradio")
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def _serve(engines: Engines, default: str, folder: Path, options: Options) -> None:
+    """Serve until interrupted; what people upload lies in `folder` and goes with it."""
     try:
         import gradio
     except ImportError:

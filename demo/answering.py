@@ -12,7 +12,7 @@ from demo import timeline
 from demo.instruments import Instruments
 from demo.session import batches
 from runtime.api import Done, Event, Message, Reuse, Sampling, Token
-from runtime.engine import Engine
+from runtime.engine import EngineLike
 from vlm.errors import UserError
 
 LONGEST_ANSWER = 512
@@ -32,7 +32,7 @@ class Reply:
 class Run:
     """Everything that stays the same during one answer; `label` names the model on the page."""
 
-    engine: Engine
+    engine: EngineLike
     instruments: Instruments
     label: str
     cancel: threading.Event

@@ -167,7 +167,7 @@ class Instruments:
             device=self._device,
             memory_total=total,
             memory_free=free,
-            own_memory=_kilobytes(read_text(Path("/proc/self/status")), "VmRSS"),
+            own_memory=_own_memory(),
             celsius=heat.celsius,
             watts=None if meter is None else self._watts(meter, now_ns),
             power_source="" if meter is None else meter.source,
@@ -191,6 +191,15 @@ def _memory(root: Path) -> tuple[int | None, int | None]:
     """Bytes in total and bytes free for programs."""
     text = read_text(root / "proc/meminfo")
     return _kilobytes(text, "MemTotal"), _kilobytes(text, "MemAvailable")
+
+
+def _own_memory(proc: Path = Path("/proc")) -> int | None:
+    """Resident bytes of this process and of those it started, which run the models."""
+    pids = ["self"]
+    for path in (proc / "self/task").glob("*/children"):
+        pids += (read_text(path) or "").split()
+    found = [_kilobytes(read_text(proc / pid / "status"), "VmRSS") for pid in pids]
+    return sum(each or 0 for each in found) if found[0] is not None else None
 
 
 def _kilobytes(text: str | None, name: str) -> int | None:

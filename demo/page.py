@@ -56,7 +56,11 @@ def device_card(now: Reading) -> str:
     throttled = {None: None, False: "no", True: "YES: " + ", ".join(now.reasons)}[now.throttled]
     facts = [
         ("memory", used and f"{size_text(used)} of {size_text(now.memory_total or 0)}", "used by all programs"),
-        ("this page and model", now.own_memory and size_text(now.own_memory), "resident memory of this process"),
+        (
+            "this page and model",
+            now.own_memory and size_text(now.own_memory),
+            "resident memory of this program and of the process that runs the model",
+        ),
         ("temperature", now.celsius and f"{now.celsius:.0f} °C", "hottest zone"),
         ("power", None if now.watts is None else f"{now.watts:.1f} W", now.power_source or "no meter found"),
         ("clocks", clocks or None, "right now"),

@@ -15,7 +15,7 @@ from typing import Any
 from demo.camera import Feed
 from demo.catalogue import Entry
 from runtime.api import Done, EncodedImage, Event, Failed, Message, ModelInfo, Reuse, Sampling
-from runtime.engine import Engine
+from runtime.engine import EngineLike
 from runtime.images import answer as answer_message
 from runtime.images import question as question_message
 from vlm.errors import UserError
@@ -23,6 +23,7 @@ from vlm.errors import UserError
 FRAME_S = 0.1  # more than 10 updates a second cost the engine's speed and show a person nothing
 FRAMES_PER_COST = 30  # on a slow board, or in a long chat, updates are rarer: they take a thirtieth of one core
 HEARTBEAT_S = 0.25  # how soon a closed tab is noticed while the model is silent; no frame is longer
+READABLE = 40  # a frame with more tokens is not read as it comes: the next update can wait for the heartbeat
 LOOK_S = 0.05  # how soon one who waits for the model notices that nobody wants the answer any more
 
 
@@ -125,13 +126,13 @@ class Engines:
         turn: held by whoever uses the model: an answer, one camera frame, a comparison, a profile. Served in order.
     """
 
-    def __init__(self, entries: Sequence[Entry], loader: Callable[[Path], Engine]) -> None:
+    def __init__(self, entries: Sequence[Entry], loader: Callable[[Path], EngineLike]) -> None:
         self.entries = {entry.key: entry for entry in entries}
         self.turn = asyncio.Lock()
         self._loader = loader
         self._lock = threading.Lock()
         self._key = ""
-        self._engine: Engine | None = None
+        self._engine: EngineLike | None = None
         self._answers = 0
 
     @contextlib.asynccontextmanager
@@ -148,7 +149,7 @@ class Engines:
             if not mine.cancelled():
                 self.turn.release()
 
-    def use(self, key: str) -> Engine:
+    def use(self, key: str) -> EngineLike:
         """The engine of this model; another one is freed first.
 
         Raises:
@@ -156,7 +157,7 @@ class Engines:
         """
         self.entry(key)
         with self._lock:
-            if self._engine is None or key != self._key:
+            if self._engine is None or key != self._key or not self._engine.alive:
                 self._free()
                 self._engine = self._loader(self.entries[key].path)
                 self._key, self._answers = key, 0
@@ -199,7 +200,7 @@ class Engines:
 
 
 async def batches(
-    engine: Engine, messages: Sequence[Message], sampling: Sampling, cancel: threading.Event, reuse: Reuse = "all"
+    engine: EngineLike, messages: Sequence[Message], sampling: Sampling, cancel: threading.Event, reuse: Reuse = "all"
 ) -> AsyncGenerator[list[Event], None]:
     """Events of one request, gathered into at most one batch per frame; the last batch ends with Done.
 
@@ -229,26 +230,41 @@ class _Inbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._events: collections.deque[Event | Failed] = collections.deque()
-        self._arrived = asyncio.Event()
+        self._arrived, self._ended = asyncio.Event(), asyncio.Event()
         self._called = False
 
     def put(self, event: Event | Failed) -> None:
         """On the engine's thread."""
         self._events.append(event)
-        if not self._called:
+        ended = isinstance(event, (Done, Failed))
+        if ended or not self._called:
             self._called = True
             with contextlib.suppress(RuntimeError):  # the loop is gone: the server is shutting down
-                self._loop.call_soon_threadsafe(self._arrived.set)
+                self._loop.call_soon_threadsafe(self._wake, ended)
+
+    def _wake(self, ended: bool) -> None:
+        self._arrived.set()
+        if ended:
+            self._ended.set()
 
     async def gather(self, frame_s: float) -> list[Event]:
-        """What came since the last call and within `frame_s` of its first event, or nothing after HEARTBEAT_S."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._arrived.wait(), HEARTBEAT_S)
-        if self._events and not isinstance(self._events[-1], (Done, Failed)):
-            await asyncio.sleep(frame_s)
+        """What came since the last call and within a frame of its first event, or nothing after HEARTBEAT_S.
+
+        The end of the answer is never waited with; a fast model is left alone until the heartbeat.
+        """
+        await self._wait(self._arrived, HEARTBEAT_S)
+        if self._events:
+            await self._wait(self._ended, frame_s)
+            if len(self._events) > READABLE:
+                await self._wait(self._ended, HEARTBEAT_S - frame_s)
         self._arrived.clear()
         self._called = False  # before the events are taken: one that comes now calls again
         gathered = [self._events.popleft() for _ in range(len(self._events))]
         if gathered and isinstance(gathered[-1], Failed):
             raise gathered[-1].error
         return [event for event in gathered if not isinstance(event, Failed)]
+
+    @staticmethod
+    async def _wait(event: asyncio.Event, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(event.wait(), seconds)

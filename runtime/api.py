@@ -64,6 +64,9 @@ class ContextOverflow(UserError):
         )
         self.need, self.have = need, have
 
+    def __reduce__(self) -> tuple[type[ContextOverflow], tuple[int, int]]:
+        return ContextOverflow, (self.need, self.have)  # by default an exception is copied by its message
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from runtime.api import (
     QueueFull,
     Reuse,
     Sampling,
+    SpellsTokens,
     StreamBackend,
     Sync,
     Token,
@@ -36,7 +38,7 @@ from runtime.clock import Clock, SystemClock
 from runtime.images import from_rgb, question
 from runtime.run import Job, Listener, RemoteRun, Shared, StepRun
 
-__all__ = ["Engine", "EngineStats", "EventStream", "Listener", "Warmup"]
+__all__ = ["Engine", "EngineLike", "EngineStats", "EventStream", "Listener", "Warmup"]
 
 WARMUP_SIDE = 224
 REST_S = 0.001
@@ -61,6 +63,32 @@ class Warmup:
     warm_ttft_ms: float
 
 
+class EngineLike(Protocol):
+    """What `Engine` and `ProcessEngine` have in common."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def submit(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        listener: Listener,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        reuse: Reuse = "all",
+        sync: Sync = "vision",
+    ) -> None: ...
+
+    def warmup(self, requests: int = 2, seed: int = 0) -> Warmup: ...
+
+    def close(self) -> None: ...
+
+
 class Engine:
     """A loaded model. Thread-safe: any thread may submit, requests run one after the other."""
 
@@ -77,7 +105,9 @@ class Engine:
         self._jobs: queue.Queue[Job | None] = queue.Queue(queue_size)
         self._closing = threading.Event()
         images = ImageCache(image_cache_bytes, backend.info.preprocess_sha256)
-        self._shared = Shared(self.clock, images, Context(), self._closing, prefill_chunk)
+        # asked once: whether a backend spells its tokens is a slow question to put to a protocol
+        pieces = backend.pieces() if isinstance(backend, SpellsTokens) else None
+        self._shared = Shared(self.clock, images, Context(), self._closing, prefill_chunk, pieces)
         self._running = False
         self._requests = 0
         self._lock = threading.Lock()
@@ -89,6 +119,11 @@ class Engine:
     @property
     def info(self) -> ModelInfo:
         return self._backend.info
+
+    @property
+    def alive(self) -> bool:
+        """False once it was closed."""
+        return not self._closing.is_set()
 
     @property
     def waiting(self) -> int:
@@ -110,17 +145,19 @@ class Engine:
         deadline_s: float | None = None,
         reuse: Reuse = "all",
         sync: Sync = "vision",
+        received_ns: int | None = None,
     ) -> None:
         """Queue a request; `listener` gets its events on the worker thread, the last is Done or Failed.
 
         Args:
             reuse: what this request may take from the caches and leave in them; "none" computes everything.
             sync: where to wait for the device; "all" makes every stage exact and the whole a little slower.
+            received_ns: when somebody before this engine received it, on the same clock; None is now.
 
         Raises:
             QueueFull: too many requests wait. EngineClosed: after `close`.
         """
-        self._queue(self._job(messages, sampling, listener, cancel, deadline_s, reuse, sync))
+        self._queue(self._job(messages, sampling, listener, cancel, deadline_s, reuse, sync, received_ns))
 
     def _job(
         self,
@@ -131,9 +168,11 @@ class Engine:
         deadline_s: float | None,
         reuse: Reuse,
         sync: Sync,
+        received_ns: int | None = None,
         ended: Callable[[], None] | None = None,
     ) -> Job:
-        received_ns = self.clock.now_ns()
+        if received_ns is None:
+            received_ns = self.clock.now_ns()
         return Job(
             tuple(messages),
             sampling or Sampling(),
@@ -204,7 +243,7 @@ class Engine:
         events: list[Event | Failed] = []
         ended = threading.Event()
         # the listener is the list's own method: nothing of Python runs per token
-        self._queue(self._job(messages, sampling, events.append, cancel, deadline_s, reuse, sync, ended.set))
+        self._queue(self._job(messages, sampling, events.append, cancel, deadline_s, reuse, sync, ended=ended.set))
         ended.wait()
         if isinstance(events[-1], Failed):
             raise events[-1].error

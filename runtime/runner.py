@@ -9,16 +9,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import threading
-from dataclasses import asdict
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from runtime.api import Done, EncodedImage, Event, Failed, Message, Part, Role, Sampling, Span, Token
+from runtime.child import Child, job
 from runtime.engine import Engine
 from runtime.images import question
 from runtime.latency import timing
@@ -140,18 +136,7 @@ class ProcessRunner:
     def __init__(self, artifact: str, backend: str, options: LoadOptions) -> None:
         self._artifact = artifact
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
-        job = {"artifact": artifact, "backend": backend, "options": asdict(options)}
-        packages = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.worker", json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            # read by the libraries when they load: too late to set from inside
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(options.threads)},
-        )
+        self._child = Child("runtime.worker", job(artifact, backend, options), options, self._log)
         try:
             ready = self._receive()
         except BaseException:
@@ -162,25 +147,19 @@ class ProcessRunner:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):  # it died: `_receive` says how
-            _pipe(self._process.stdin).write(json.dumps(request) + "\n")
-            _pipe(self._process.stdin).flush()
+            self._child.stdin.write(json.dumps(request).encode() + b"\n")
+            self._child.stdin.flush()
         return self._receive()
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # unsent bytes to a process that died
-            _pipe(self._process.stdin).close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        _pipe(self._process.stdout).close()
+        self._child.end()
+        self._child.stdout.close()
         self._log.close()
 
     def _receive(self) -> dict[str, Any]:
-        line = _pipe(self._process.stdout).readline()
+        line = self._child.stdout.readline()
         if not line:
-            status = self._process.wait()
+            status = self._child.end()
             raise MissingPiece(
                 f"the process that ran {self._artifact} ended with status {status}: {self._last_words()}"
             )
@@ -193,9 +172,3 @@ class ProcessRunner:
         self._log.seek(0)
         lines = self._log.read().strip().splitlines()
         return lines[-1] if lines else "no message"
-
-
-def _pipe(stream: IO[str] | None) -> IO[str]:
-    if stream is None:
-        raise RuntimeError("the process was started without pipes")
-    return stream

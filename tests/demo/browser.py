@@ -14,6 +14,8 @@ from demo.catalogue import Entry
 from demo.instruments import Instruments
 from demo.session import Engines
 from runtime.backend_fake import FakeBackend
+from runtime.engine_process import ProcessEngine
+from tests.apart import apart
 from tests.demo.conftest import GatedBackend, WatchedEngine
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
@@ -95,9 +97,12 @@ class Visit:
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name).click()
 
+    def open_settings(self) -> None:
+        self.page.get_by_role("button", name="Answer settings").click()
+
     def set_length(self, tokens: int) -> None:
         """The longest answer the model may give."""
-        self.page.get_by_role("button", name="Answer settings").click()
+        self.open_settings()
         self.set_number("#length", str(tokens))
 
     def set_number(self, place: str, value: str) -> None:
@@ -172,13 +177,13 @@ class Served:
             server_name="127.0.0.1", server_port=free_port("127.0.0.1"), **app.launch_options()
         )
 
-    def _load(self, path: Path) -> WatchedEngine:
-        """Also notes which models were in memory at that moment."""
+    def _load(self, path: Path) -> ProcessEngine:
+        """As the command does it: behind the pipes of a process. Also notes which models were in memory at that moment."""
         held = [name for name in self.watched if not self.backends[name].closed]
         self.loads.append((path.name, held))
         self.backends[path.name].closed = False  # a fake can be loaded again
         self.watched[path.name] = WatchedEngine(self.backends[path.name])
-        return self.watched[path.name]
+        return apart(self.watched[path.name])
 
     def close(self) -> None:
         for backend in self.backends.values():

@@ -58,8 +58,10 @@ class GatedBackend(FakeBackend):
     def __init__(self, script: FakeScript, name: str) -> None:
         super().__init__(script, name)
         self.permits = threading.Semaphore(0)
+        self.standing = threading.Event()  # from the first step on
 
     def step(self, token_id: int) -> Logits:
+        self.standing.set()
         if not self.permits.acquire(timeout=60):
             raise RuntimeError("no permit within a minute")
         return super().step(token_id)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from demo import page
-from demo.instruments import IN_CACHE, NO_METER, Instruments, Reading
+from demo.instruments import IN_CACHE, NO_METER, Instruments, Reading, _own_memory
 from runtime.api import Done, Span, Token, Usage
 from runtime.backend_fake import FakeBackend
 from runtime.clock import VirtualClock
@@ -140,3 +140,17 @@ def test_a_full_board_is_not_filled_further(board: Path) -> None:
     instruments.measure_bandwidth(INFO)
     done, tokens = finished(11)
     assert "too little free memory" in instruments.cost(INFO, timing([*tokens, done]), done, None).mbu.reason
+
+
+def test_memory_counts_the_processes_that_run_models(tmp_path: Path) -> None:
+    def process(pid: str, kilobytes: int, children: str = "") -> None:
+        for path, text in (("status", f"Name: x\nVmRSS:\t {kilobytes} kB\n"), (f"task/{pid}1/children", children)):
+            (tmp_path / pid / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / pid / path).write_text(text)
+
+    process("self", 100, "70 71 ")
+    process("70", 20)
+    assert _own_memory(tmp_path) == 120 * 1024, "a process that has just ended counts nothing"
+    process("71", 3)
+    assert _own_memory(tmp_path) == 123 * 1024
+    assert _own_memory(tmp_path / "none") is None

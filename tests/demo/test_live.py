@@ -71,7 +71,7 @@ def test_frames_are_answered_while_newer_ones_replace_each_other(png: bytes) -> 
         await on.take_frame(frame(png), "what ?", "m", session)
         feed = session.feed
         assert feed is not None
-        while "prefill" not in gated.calls:  # the first frame is being answered and stands still
+        while not gated.standing.is_set():  # the first frame is being answered and stands still
             await asyncio.sleep(0.01)
         for _ in range(5):
             await on.take_frame(frame(png), "what ?", "m", session)
@@ -97,7 +97,7 @@ def test_leaving_ends_the_answer_in_the_engine(png: bytes) -> None:
 
     async def run() -> None:
         await on.take_frame(frame(png), "what ?", "m", session)
-        while "prefill" not in gated.calls:
+        while not gated.standing.is_set():
             await asyncio.sleep(0.01)
         assert session.feed is not None
         session.feed.close()

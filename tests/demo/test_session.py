@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from demo import session
 from demo.catalogue import Entry
 from demo.session import Engines, People, Picture, Session, batches
 from runtime.api import Done, EncodedImage, Event, Message, Sampling, Token
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.engine import Engine
+from runtime.engine_process import ProcessEngine
+from tests.apart import apart
 from tests.demo.conftest import GatedBackend, WatchedEngine
 from vlm.errors import MissingPiece, UserError
 
@@ -42,6 +45,23 @@ def test_switching_frees_the_model_before_loading_the_next() -> None:
     assert (engines.info("a"), engines.holds("b")) == (None, True)
     engines.close()
     assert all(backend.closed for backend in backends.values())
+
+
+def test_a_model_whose_process_has_ended_is_loaded_again() -> None:
+    loaded: list[ProcessEngine] = []
+
+    def loader(path: Path) -> ProcessEngine:
+        loaded.append(apart(Engine(FakeBackend(name=path.name))))
+        return loaded[-1]
+
+    engines = Engines([entry("a")], loader)
+    first = engines.use("a")
+    assert engines.use("a") is first
+    loaded[0]._link.stdin.close()  # as when the kernel has killed it
+    loaded[0]._reader.join(60)
+    assert engines.use("a") is loaded[1]
+    assert engines.count_answer()
+    engines.close()
 
 
 def test_a_model_that_fails_to_load_leaves_room_for_another() -> None:
@@ -104,6 +124,37 @@ def test_a_silent_model_still_gives_the_server_something_to_notice_a_closed_tab_
         backend.let(1)
 
 
+def test_the_end_of_an_answer_is_not_waited_with_and_a_fast_model_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With frames longer than any test, only the end of the answer can end them."""
+    monkeypatch.setattr(session, "FRAME_S", 3600.0)
+
+    async def collect(engine: Engine) -> list[int]:
+        return [len(batch) async for batch in batches(engine, HELLO, Sampling(max_new_tokens=500), threading.Event())]
+
+    for said in ("short", "x" * 400):
+        with Engine(FakeBackend(FakeScript(said))) as engine:
+            assert len(asyncio.run(asyncio.wait_for(collect(engine), 60))) == 1
+
+    waits: list[float] = []
+
+    async def follow(tokens: int) -> None:
+        inbox = session._Inbox(asyncio.get_running_loop())
+
+        async def note(event: asyncio.Event, seconds: float) -> None:
+            waits.append(seconds)
+
+        monkeypatch.setattr(inbox, "_wait", note)
+        for n in range(tokens):
+            inbox.put(Token(n, "x", n))
+        assert len(await inbox.gather(0.1)) == tokens
+
+    asyncio.run(follow(session.READABLE))
+    asyncio.run(follow(session.READABLE + 1))
+    assert waits == pytest.approx([0.25, 0.1, 0.25, 0.1, 0.15])
+
+
 def test_the_models_own_error_reaches_the_caller() -> None:
     async def run(engine: Engine) -> None:
         async for _ in batches(engine, HELLO, Sampling(), threading.Event()):
@@ -114,11 +165,11 @@ def test_the_models_own_error_reaches_the_caller() -> None:
 
 
 def test_a_fresh_session_can_be_copied_and_stopped() -> None:
-    session = copy.deepcopy(Session())
-    session.stop()
-    session.cancel = threading.Event()
-    session.stop()
-    assert session.cancel.is_set()
+    copied = copy.deepcopy(Session())
+    copied.stop()
+    copied.cancel = threading.Event()
+    copied.stop()
+    assert copied.cancel.is_set()
 
 
 def test_a_page_that_closes_takes_its_files_but_not_those_of_others(tmp_path: Path) -> None:
@@ -137,16 +188,16 @@ def test_a_page_that_closes_takes_its_files_but_not_those_of_others(tmp_path: Pa
 
 
 def test_a_conversation_holds_each_image_once_and_can_be_left_out() -> None:
-    session = Session()
-    session.show([Picture(EncodedImage(b"1"), "", "1"), Picture(EncodedImage(b"2"), "", "2")])
-    first = session.asks("one?", remember=True)
+    chat = Session()
+    chat.show([Picture(EncodedImage(b"1"), "", "1"), Picture(EncodedImage(b"2"), "", "2")])
+    first = chat.asks("one?", remember=True)
     assert [len(message.content) for message in first] == [3]
-    session.heard(first, "")  # nothing was said: nothing to follow up
-    assert session.asks("one?", remember=True) == first
-    session.heard(first, "7")
-    follow_up = session.asks("two?", remember=True)
+    chat.heard(first, "")  # nothing was said: nothing to follow up
+    assert chat.asks("one?", remember=True) == first
+    chat.heard(first, "7")
+    follow_up = chat.asks("two?", remember=True)
     assert [message.role for message in follow_up] == ["user", "assistant", "user"]
     assert all(isinstance(part, str) for part in follow_up[-1].content)
-    assert [len(message.content) for message in session.asks("two?", remember=False)] == [3]
-    session.forget()
-    assert [len(message.content) for message in session.asks("one?", remember=True)] == [3]
+    assert [len(message.content) for message in chat.asks("two?", remember=False)] == [3]
+    chat.forget()
+    assert [len(message.content) for message in chat.asks("one?", remember=True)] == [3]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +143,7 @@ def test_unsettled_warm_up_is_a_warning() -> None:
 def test_a_dead_model_process_is_reported() -> None:
     runner = ProcessRunner("fake", "fake", LoadOptions())
     try:
-        runner._process.kill()
-        runner._process.wait()
+        os.kill(runner._child.pid, signal.SIGKILL)
         with pytest.raises(MissingPiece, match="ended with status -9"):
             runner.ask({"turns": [turn("user", "x")], "output_tokens": 2, "reuse": "none", "sync": "none"})
     finally:
