@@ -53,6 +53,13 @@ def held_tensors(module: nn.Module) -> dict[str, Held]:
     return found
 
 
+def release(module: nn.Module) -> None:
+    """Forget where values come from: torch keeps every traced module, and with it would keep the whole student."""
+    for part in module.modules():
+        for name in ("held", "recipe", "sources"):
+            vars(part).pop(name, None)
+
+
 def fill(model: Any, module: nn.Module) -> None:
     """Replace the placeholders in a traced onnx_ir model by lazily read tensors."""
     import onnx_ir as ir

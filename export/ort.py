@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from PIL import Image
 from export.replay import F32, Prompt
 from vlm.errors import ArtifactError, MissingPiece
 from vlm.preprocess import ImageSpec, pixels
+
+LARGE = 1 << 27  # bytes of weights from which memory is worth more than seconds
+LOGITS = 1 << 24  # of one call; all positions of a prompt at once would take gigabytes with a large vocabulary
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def session(path: Path, emulated: bool = False) -> Any:
@@ -39,9 +44,41 @@ def session(path: Path, emulated: bool = False) -> Any:
                 with tempfile.TemporaryDirectory(prefix="emulated-") as folder:
                     as_float32(path, Path(folder) / path.name)
                     return session(Path(folder) / path.name)
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model: str | bytes = str(path)
+        if _external_bytes(path) > LARGE and (lean := overridable(path)):
+            model, options.enable_cpu_mem_arena, options.enable_mem_pattern = lean, False, False
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # widens late, and frees
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent.resolve()))
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library raises many types without a common base
         raise ArtifactError(f"{path} cannot be loaded by ONNX Runtime ({str(error).splitlines()[0]})") from None
+
+
+def overridable(path: Path) -> bytes:
+    """The same graph, its float16 matrices declared as inputs with a default; empty if it has none.
+
+    ONNX Runtime has no float16 products on the CPU. It widens constant matrices while it loads, to twice their bytes in
+    memory. Matrices that a caller might replace stay in the mapped file, and are widened during a run.
+    """
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    half = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16 and len(t.dims) == 2]
+    model.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in half)
+    return bytes(model.SerializeToString()) if half else b""
+
+
+def _opener(path: Path) -> Callable[[], Any]:
+    """Gives the session of a graph; a large one is opened for each call, so that its pages are not held beside others."""
+    held = session(path)
+    if _external_bytes(path) <= LARGE:
+        return lambda: held
+    return lambda: session(path)
+
+
+def _external_bytes(path: Path) -> int:
+    data = path.with_name(f"{path.name}_data")
+    return data.stat().st_size if data.is_file() else 0
 
 
 def merge_features(embeds_SH: npt.NDArray[Any], ids: tuple[int, ...], image_id: int, features_NH: F32) -> F32:
@@ -56,7 +93,7 @@ class OnnxBackend:
 
     def __init__(self, vision: Path, embed: Path, decoder: Path, image: ImageSpec, image_id: int) -> None:
         self.image, self.image_id = image, image_id
-        self.vision, self.embed, self.decoder = session(vision), session(embed), session(decoder)
+        self.vision, self.embed, self.decoder = _opener(vision), _opener(embed), session(decoder)
         inputs = self.decoder.get_inputs()
         self.past_names = [i.name for i in inputs if i.name.startswith("past_key_values.")]
         first = next(i for i in inputs if i.name == self.past_names[0])
@@ -66,10 +103,10 @@ class OnnxBackend:
 
     def features(self, image: Image.Image) -> F32:
         feed = {"pixel_values": pixels(image, self.image)[None]}
-        return np.asarray(self.vision.run(None, feed)[0][0], np.float32)
+        return np.asarray(self.vision().run(None, feed)[0][0], np.float32)
 
     def embeddings(self, ids_BS: npt.NDArray[np.int64]) -> F32:
-        return np.asarray(self.embed.run(None, {"input_ids": ids_BS})[0], np.float32)
+        return np.asarray(self.embed().run(None, {"input_ids": ids_BS})[0], np.float32)
 
     def run(
         self, embeds_BSH: F32, mask_BT: npt.NDArray[np.int64], positions_BS: npt.NDArray[np.int64], keep: int
@@ -103,6 +140,17 @@ class OnnxBackend:
         length = len(prompt.ids)
         mask, positions = np.ones((1, length), np.int64), np.arange(length, dtype=np.int64)[None]
         return self.run(self.prompt_embeddings(prompt), mask, positions, keep)[0]
+
+    def prefill_rows(self, prompt: Prompt, chosen: npt.NDArray[np.int64]) -> F32:
+        """Logits of some prompt positions, [chosen, V]; a long prompt goes in as pieces."""
+        embeds_BSH, rows = self.prompt_embeddings(prompt), []
+        self.cache, piece = [], max(LOGITS // self.decoder.get_outputs()[0].shape[-1], 1)
+        for start in range(0, len(prompt.ids), piece):
+            end = min(start + piece, len(prompt.ids))
+            mask, positions = np.ones((1, end), np.int64), np.arange(start, end, dtype=np.int64)[None]
+            logits_SV = self.run(embeds_BSH[:, start:end], mask, positions, 0)[0]
+            rows.append(logits_SV[chosen[(start <= chosen) & (chosen < end)] - start])
+        return np.concatenate(rows)
 
     def step(self, token: int) -> F32:
         past = self.cache[0].shape[2]

@@ -209,8 +209,19 @@ def graphs(student: Student, options: Storage) -> list[Graph]:
 def write_graph(student: Student, graph: Graph, suffix: str, root: Path) -> list[tuple[Path, str]]:
     """Trace one graph and write it with its weights; (file, role) pairs."""
     path = root / "onnx" / f"{graph.stem}{suffix}.onnx"
-    module = graph.build()
-    return [(path, graph.role), *save(trace(module, graph.spec, student, graph.opset), path)]
+    return [(path, graph.role), *write_module(graph.build(), graph.spec, student, graph.opset, path)]
+
+
+def write_module(
+    module: nn.Module, spec: GraphSpec, student: Student, opset: int, path: Path
+) -> list[tuple[Path, str]]:
+    """Trace a module, write it to `path`, and let go of the student; the files but the graph's own, with roles."""
+    from export.hold import release
+
+    try:
+        return save(trace(module, spec, student, opset), path)
+    finally:
+        release(module)
 
 
 def write(

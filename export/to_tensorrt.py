@@ -19,7 +19,7 @@ from export.precision import Algorithm
 from export.sizes import parameter_counts, weight_sizes
 from export.stages import Stages
 from export.student import Student
-from export.to_onnx import save, trace
+from export.to_onnx import write_module
 from export.trt_precision import TRT_KINDS, TrtPrecision
 from vlm import engine_key
 from vlm.files import sha256_file
@@ -149,7 +149,7 @@ def _write_table(student: Student, path: Path, dtype: str) -> None:
 def _write_graph(student: Student, graph: TrtGraph, folder: Path) -> Files:
     path = folder / "onnx" / f"{graph.stem}.onnx"
     role = "vision_encoder" if graph.stem == "vision_encoder" else "decoder"
-    files = [(path, role), *save(trace(graph.build(), graph.spec, student, graph.opset), path)]
+    files = [(path, role), *write_module(graph.build(), graph.spec, student, graph.opset, path)]
     trt_ops.check(path)
     return files
 

@@ -18,6 +18,7 @@ from export.measure import measure
 from export.options import ExportOptions
 from export.stages import Stages
 from export.student import Student, open_student
+from tests.memorised import make_memorised
 from tests.tiny import make_student
 from vlm.load import open_checkpoint
 from vlm.manifest import Manifest, read_manifest, write_manifest
@@ -90,17 +91,21 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Opened]:
 
 @pytest.fixture(scope="session")
 def subjects(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subject]:
-    """Factory: (tower, decoder, further Shape fields) -> subject, made once per combination."""
+    """Factory: (tower, decoder, further Shape fields) -> subject, made once per combination.
+
+    With memorised=True the student is briefly trained, so that its first choices have a margin.
+    """
     made: dict[str, Subject] = {}
 
-    def get(tower: str, decoder: str, **sizes: Any) -> Subject:
+    def get(tower: str, decoder: str, memorised: bool = False, **sizes: Any) -> Subject:
         tower, more = SAME_CLASS.get(tower, (tower, {}))
         decoder, others = SAME_CLASS.get(decoder, (decoder, {}))
         sizes = {**more, **others, **sizes}
-        key = json.dumps([tower, decoder, sizes], sort_keys=True)
+        key = json.dumps([tower, decoder, memorised, sizes], sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp("students") / f"{tower}-{decoder}"
-            directory = TRAINED if tower == "trained" else make_student(folder, tower=tower, decoder=decoder, **sizes)
+            make = make_memorised if memorised else make_student
+            directory = TRAINED if tower == "trained" else make(folder, tower=tower, decoder=decoder, **sizes)
             student = open_student(open_checkpoint(directory))
             made[key] = Subject(directory, student, collect(student, SAMPLES, seed=0, limit=LIMIT))
         return made[key]
@@ -110,7 +115,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Subject]
 
 @pytest.fixture(scope="session")
 def exported(subjects: Callable[..., Subject], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    """Factory: (target, precision, tower, decoder, ...) -> artefact, measured, made once per combination."""
+    """Factory: (target, precision, tower, decoder, as for `subjects`) -> artefact, measured, made once each."""
     made: dict[str, Exported] = {}
 
     def get(target: Any, precision: str, tower: str, decoder: str, **sizes: Any) -> Exported:

@@ -42,6 +42,14 @@ def test_every_kind_verifies(exported: Callable[..., Any], precision: str) -> No
         assert manifest.parity["worst"]["cosine"] >= 0.9999
 
 
+def test_tokens_are_equal_where_first_choices_have_a_margin(exported: Callable[..., Any]) -> None:
+    """Strictly, no near tie counted as equal: the random students have those at every third step."""
+    made = exported("gguf", "f16", "siglip", "qwen2", memorised=True)
+    assert made.manifest.parity["failures"] == []
+    assert made.manifest.parity["pooled"]["top1"] >= 0.99
+    assert made.manifest.accuracy["tokens_equal"] == 1.0
+
+
 def test_parts_have_types_of_their_own(exported: Callable[..., Any]) -> None:
     made = exported("gguf", "q4_k_m,vision=q8_0,embed=q8_0,head=q6_k", "siglip", "qwen3", tied=False)
     assert made.manifest.parity["failures"] == []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,13 @@ import pytest
 from export import to_onnx
 from export.cli import main
 from export.parity import GATES
+from export.precision import parse_precision
 from export.stages import Stages
+from export.student import open_student
 from export.verify import verify
+from tests.tiny import make_student
 from vlm.errors import UserError
+from vlm.load import open_checkpoint
 from vlm.manifest import read_manifest
 
 QUICK = ["--target", "onnx", "--samples", "0", "--no-ablation"]
@@ -226,3 +232,33 @@ def test_weights_above_two_gigabytes_are_written_and_read(subjects: Callable[...
     (got,) = session(path).run(None, {"input_ids": np.array([[rows - 1]], np.int64)})
     assert got.shape == (1, 1, width)
     (tmp_path / "big.onnx_data").unlink()
+
+
+def test_a_written_graph_lets_go_of_the_student(tmp_path: Path) -> None:
+    """torch keeps traced modules; measuring a large student has no room for its weights as well."""
+    directory = make_student(tmp_path / "student", vision_layers=1, layers=1)
+    student = open_student(open_checkpoint(directory))
+    alive = weakref.ref(student.model)
+    to_onnx.write(student, tmp_path / "out", to_onnx.Storage(parse_precision("fp16")), Stages(None))
+    del student
+    gc.collect()
+    assert alive() is None
+
+
+def test_weights_left_in_the_file_are_the_same_weights(
+    exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions of large float16 graphs widen one matrix at a time; here every graph counts as large."""
+    from export import ort
+
+    made = exported("onnx", "fp16", "siglip", "llama")
+    opened: list[Path] = []
+    original = ort.overridable
+    monkeypatch.setattr(ort, "LARGE", 0)
+    monkeypatch.setattr(ort, "LOGITS", 20 * 576)  # and the longest prompt goes in as several pieces
+    monkeypatch.setattr(ort, "overridable", lambda path: [opened.append(path), original(path)][1])
+    again = made.measure_again(made.root)
+    assert len(set(opened)) == 3
+    assert again.parity["failures"] == []
+    for name, case in made.manifest.parity["cases"].items():
+        assert again.parity["cases"][name] == pytest.approx(case, abs=2e-3), name
