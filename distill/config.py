@@ -84,9 +84,9 @@ class Align:
     drop_gold: bool = True
     layout: Layout = "cached"
     packing: bool = False
-    tpa_share: float = 0.25
+    tpa_share: float = 0.15
     tpa_entropy: float = 0.0
-    iva_rows: int = 16
+    iva_rows: int = 8
     iva_layer: int = -1
     irs_pairs: int = 200
 

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from distill.config import Layout, Sampling
 from distill.packing import additive
 
+# columns that are summed up before a draw looks inside
+BLOCK = 512
 # constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit numbers
 _GOLDEN, _MIX_A, _MIX_B = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -81,11 +83,29 @@ def propose(
 
 
 def _inverse(probs_NV: Tensor, uniform_NK: Tensor) -> Tensor:
-    cumulative_NV = probs_NV.cumsum(dim=-1)
-    wanted_NK = uniform_NK.to(cumulative_NV.dtype) * cumulative_NV[:, -1:]
-    # rounding may lift a product to the total itself, beyond the last token that has any probability
-    last_N1 = cumulative_NV.argmax(dim=-1, keepdim=True)
-    return torch.searchsorted(cumulative_NV, wanted_NK, right=True).minimum(last_N1)
+    """The token at which each number's share of a row's mass is reached: first the block of columns, then within it.
+
+    A sum over the whole vocabulary for every token would cost more than the softmax.
+    """
+    rows, columns = probs_NV.shape
+    whole = columns // BLOCK * BLOCK
+    mass_NB = torch.cat(
+        [probs_NV[:, :whole].view(rows, -1, BLOCK).sum(dim=-1), probs_NV[:, whole:].sum(dim=-1, keepdim=True)], dim=1
+    )
+    upto_NB = mass_NB.cumsum(dim=-1)
+    wanted_NK = uniform_NK.to(upto_NB.dtype) * upto_NB[:, -1:]
+    block_NK = _reached(upto_NB, wanted_NK)
+    left_NK = wanted_NK - (upto_NB - mass_NB).gather(1, block_NK)
+    column_NKC = block_NK[..., None] * BLOCK + torch.arange(BLOCK, device=block_NK.device)
+    inside_NKC = probs_NV.gather(1, column_NKC.clamp(max=columns - 1).flatten(1)).view_as(column_NKC)
+    inside_NKC = inside_NKC * (column_NKC < columns)
+    return block_NK * BLOCK + _reached(inside_NKC.cumsum(dim=-1), left_NK[..., None])[..., 0]
+
+
+def _reached(upto: Tensor, wanted: Tensor) -> Tensor:
+    # rounding may lift a product to the total itself, beyond the last entry that has any mass
+    last = upto.argmax(dim=-1, keepdim=True)
+    return torch.searchsorted(upto, wanted, right=True).minimum(last)
 
 
 def entropy(logits_NV: Tensor) -> Tensor:

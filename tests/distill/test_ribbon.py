@@ -77,6 +77,21 @@ def test_sample_keys_ignore_padding_and_neighbours() -> None:
     assert keys[0] == keys[2] != keys[1]
 
 
+@pytest.mark.parametrize("vocabulary", [7, 512, 1024, 1300])
+def test_draws_are_the_inverse_of_the_cumulative_distribution(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 4 * torch.randn(6, vocabulary, generator=generator, dtype=torch.float64)
+    logits[:, vocabulary // 3 : vocabulary // 2] = -torch.inf
+    logits[0, -2:] = -torch.inf
+    uniform = torch.rand(6, 40, generator=generator)
+    uniform[:, 0], uniform[:, 1] = 0, 1 - 2.0**-24
+    ids = ribbon._inverse(logits.softmax(dim=-1), uniform)
+    whole = logits.softmax(dim=-1).cumsum(dim=-1)
+    plain = torch.searchsorted(whole, uniform.double() * whole[:, -1:], right=True)
+    assert torch.equal(ids, plain.clamp(max=vocabulary - 1))
+    assert torch.isfinite(logits.gather(1, ids)).all()
+
+
 def test_thinned_candidates_are_few_and_keep_their_expected_weights() -> None:
     weight = torch.tensor(
         [[0.75, 0.25, 0.0, 0.0], [0.0, 0.25, 0.25, 0.25], [0.5, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]
