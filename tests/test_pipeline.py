@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_student(root / "start", seed=2, layers=1, **SIZES)
     for index in range(3):
         digits.sample("test", index).image.save(root / f"{index}.png")
-    options = ["--steps", "4", "--batch_size", "4", "--eval_samples", "20", "--lr", "1e-4", "--threads", "1"]
+    options = ["--steps", "6", "--batch_size", "4", "--eval_samples", "20", "--lr", "1e-4", "--threads", "1"]
     done = run(
         root, "distill", "train", "--preset", "digits", "--teacher", "teacher", "--student", "start", *options, "--json"
     )

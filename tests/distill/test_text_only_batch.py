@@ -24,6 +24,7 @@ def test_a_projector_alone_trains_through_a_batch_of_texts(qwen2_pair: Pair) -> 
     batch = dataclasses.replace(whole, **rows, pixels_NCHW=None)
     student = qwen2_pair.student
     trained = {p: p.requires_grad for p in student.parameters()}
+    student.zero_grad(set_to_none=True)
     try:
         student.requires_grad_(False)
         projector = student.model.multi_modal_projector.requires_grad_(True)
