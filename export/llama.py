@@ -49,6 +49,8 @@ def library() -> tuple[Any, Any]:
 @contextlib.contextmanager
 def listen(listener: Callable[[str], object]) -> Iterator[None]:
     """Hand over what llama.cpp writes to its log during the block, in pieces; at other times it is dropped."""
+    # whoever else uses llama.cpp in this process may have taken the log over
+    library()[0].llama_log_set(_keep_alive[0], ctypes.c_void_p(0))
     _listeners.append(listener)
     try:
         yield
