@@ -102,13 +102,15 @@ STEPS = 20
 def test_losses_from_a_cache_stay_within_their_bound_at_every_step_of_a_live_run(
     models: Path, caches: dict[str, cache_run.Built], tmp_path: Path, cache: str
 ) -> None:
-    found = verify(tiny(models, tmp_path / "unused", lr=3e-3), caches[cache].out, STEPS)
+    # the bound of a mean over a few rows is wider: every visual row, so that it is the cache's alone
+    config = tiny(models, tmp_path / "unused", lr=3e-3, align=Align(iva_rows=0))
+    found = verify(config, caches[cache].out, STEPS)
     assert set(found.terms) == {"kd", "iva"}
     for item in found.terms.values():
         assert item.within == item.steps == STEPS
         assert item.bound is not None
         # neither empty nor so wide that it says nothing; the default keeps few tokens of such flat rows
-        assert item.error < item.bound < {"short": 0.1, "default": 2.5}[cache]
+        assert item.error < item.bound < {"short": 0.1, "default": 2.0}[cache]
     found.refuse_misses()
 
 
