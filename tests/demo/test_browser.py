@@ -48,12 +48,12 @@ def test_text_appears_while_the_model_still_works(chromium: Any, visits: list[An
 
 def test_stop_ends_the_answer_in_the_engine(chromium: Any, visits: list[Any], png: bytes) -> None:
     gated = GatedBackend(FakeScript("a very long answer"), "gated")
-    _, visit = open_page(visits, chromium, gated=gated)
+    served, visit = open_page(visits, chromium, gated=gated)
     visit.show_image("digits.png", png)
     visit.ask("Which digit?")
     visit.wait_said("a")
     visit.page.locator("#stop").click()
-    visit.page.locator("#stop[disabled]").wait_for()  # the server has taken the click
+    assert served.watched["gated"].cancels[0].wait(60)  # through the page, the server and the model's process
     gated.let(1)  # the step in flight ends; no other may follow
     breakdown = visit.wait_answered(1)
     assert breakdown.get_attribute("data-finish") == "cancelled"
