@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.parity import GATES, expect, is_tie
+from export.parity import GATES, compare_logits, expect, is_tie
 from export.reference import TorchBackend
 from export.verify import verify
 from tests.export.conftest import LIMIT
@@ -91,7 +91,7 @@ def test_golden_answers_are_those_of_one_prompt_after_another(
     subjects: Callable[..., Any], tower: str, decoder: str
 ) -> None:
     """Prompts of different length share a padded batch; their logits come from passes without a cache."""
-    from export.parity import STEPS, compare_logits
+    from export.parity import STEPS
     from export.replay import forced_logits, greedy
 
     subject = subjects(tower, decoder)
@@ -121,3 +121,10 @@ def test_expected_keeps_the_most_likely_tokens() -> None:
     assert stored.top_ids.shape == (3, 256)
     assert (stored.top_ids[:, 0] == logits.argmax(1)).all()
     assert stored.features.shape == (64, 4)
+
+
+def test_of_several_most_likely_tokens_any_is_right_and_no_other() -> None:
+    """PyTorch's own argmax among equal logits is the lowest token id, which nobody who rounds otherwise can know."""
+    stored = expect(np.array([[3, 5, 5, 1], [3, 5, 4.9999995, 1]], np.float32), np.ones((1, 4), np.float32), (0,))
+    for said, top1 in (((1, 1), 1.0), ((2, 1), 1.0), ((2, 2), 0.5), ((0, 2), 0.0)):
+        assert compare_logits(stored, np.eye(4, dtype=np.float32)[list(said)])["top1"] == top1
