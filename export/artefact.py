@@ -20,7 +20,7 @@ from typing import Any
 from export import to_gguf, to_onnx, to_tensorrt
 from export.calibrate import TOKENS_KEPT, Calibration, fold_scales, observe
 from export.card import write_card
-from export.evidence import Evidence, calibration_prompts, collect, save_golden
+from export.evidence import Evidence, calibration_images, calibration_prompts, collect, save_golden
 from export.measure import ablate, costliest, measure
 from export.options import ExportOptions
 from export.precision import KINDS, PARTS, Precision, parse_precision
@@ -146,7 +146,7 @@ class Making:
 
     def attempt(self, storage: to_onnx.Storage | None) -> Manifest:
         trt = self.trt_storage() if self.run.target == "tensorrt" else None
-        manifest = build(self.student, self.evidence, self.run, self.root, trt or storage, self.stages)
+        manifest = build(self.student, self.evidence, self.run, self.root, trt or storage, self.stages, self.questions)
         checkpoint = self.student.checkpoint
         if not self.run.auto_precision and not self.wants_ablation(storage):
             self.loaded = None  # measuring needs the runtime's memory, not PyTorch's
@@ -160,9 +160,7 @@ class Making:
             if self.run.calibration is not None:
                 note(f"{self.run.precision} needs no calibration: --calibration {self.run.calibration} is not read")
             return storage
-        foreign = self.run.calibration is None and not self.questions and self.evidence.task != "digits"
-        hint = "digits, which this student does not know; --calibration or more --data gives it better images"
-        note(f"calibrating on {hint if foreign else 'real images'}")
+        note(f"calibrating on {calibration_images(self.evidence, self.run.calibration, self.questions)}")
         ranges = storage.precision.vision == "int8" or self.run.awq or self.run.algorithm == "search"
         whole = ranges or self.run.auto_precision
         prompts = calibration_prompts(self.student, self.run.calibration, 0 if whole else PEAK_PROMPTS, self.questions)
@@ -180,9 +178,10 @@ class Making:
         half = "float16" in (TRT_KINDS[chosen.vision].activation, chosen.activation)
         if not (half or self.run.awq or self.run.algorithm == "search"):
             return storage
-        note("calibrating on real images")
+        note(f"calibrating on {calibration_images(self.evidence, self.run.calibration, self.questions)}")
         count = 0 if chosen.calibrated or self.run.awq or self.run.algorithm == "search" else PEAK_PROMPTS
-        self.calibration = observe(self.student, *calibration_prompts(self.student, self.run.calibration, count))
+        prompts = calibration_prompts(self.student, self.run.calibration, count, self.questions)
+        self.calibration = observe(self.student, *prompts)
         if self.run.awq:
             self.loaded = fold_scales(
                 self.student, self.calibration, 4, [p for p in TRT_PARTS if getattr(chosen, p) == "int4"]
@@ -241,8 +240,13 @@ def build(
     root: Path,
     storage: to_onnx.Storage | to_tensorrt.TrtStorage | None = None,
     stages: Stages | None = None,
+    questions: Sequence[Question] = (),
 ) -> Manifest:
-    """Write all files of an artefact under `root`; the manifest returned is not yet measured nor written."""
+    """Write all files of an artefact under `root`; the manifest returned is not yet measured nor written.
+
+    Args:
+        questions: of the student's own that are free to calibrate on.
+    """
     sha256 = student.checkpoint.weights_sha256()
     pair_id = hashlib.sha256(f"{run.target}:{sha256}".encode()).hexdigest()[:16]
     precision: dict[str, Any]
@@ -254,7 +258,9 @@ def build(
             student, root, storage or plan_storage(run), stages or Stages(None)
         )
     else:
-        files, precision, weights = to_gguf.write_all(student, evidence, run, root, stages or Stages(None), pair_id)
+        files, precision, weights = to_gguf.write_all(
+            student, evidence, run, root, stages or Stages(None), pair_id, questions
+        )
         io = {}
     files += _shared_files(student, root) + save_golden(evidence, root)
     spec = student.checkpoint.tokenizer.spec

@@ -270,6 +270,13 @@ def load_reference(path: Path) -> list[Expected]:
     return found
 
 
+def calibration_images(evidence: Evidence, folder: Path | None, questions: Sequence[Question]) -> str:
+    """What `calibration_prompts` takes, in the words of a note; names the digits where they are foreign to the student."""
+    if folder is None and not questions and evidence.task != "digits":
+        return "digits, which this student does not know; --calibration or more --data gives it better images"
+    return "real images"
+
+
 def calibration_prompts(
     student: Student, folder: Path | None, count: int = 0, questions: Sequence[Question] = ()
 ) -> tuple[list[Prompt], list[tuple[int, ...]]]:

@@ -7,9 +7,10 @@ weight. The file is the GGUF form of `llama-imatrix` (sums of squares and counts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ import numpy.typing as npt
 from export.gguf_text import LAYER, NAMES
 from export.student import DECODERS, Facts
 from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from export.questions import Question
 
 FLOOR = 1e-6  # of the mean: a column that was never driven must not make a block weightless
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -119,8 +123,11 @@ def check(importance: Importance, shapes: dict[str, tuple[int, ...]], where: Pat
             raise UserError(f"--imatrix {where}: {name} has {len(seen)} columns, this student {shape[1]}")
 
 
-def gather(student: Any, folder: Path | None) -> Importance:
-    """Run the student in PyTorch over calibration prompts: images of a folder, else training images of its task.
+def gather(student: Any, folder: Path | None, questions: Sequence[Question] = (), called: str = "") -> Importance:
+    """Run the student in PyTorch over calibration prompts: images of a folder, else `questions`, else digits to train on.
+
+    Args:
+        called: name of what was taken, for the file.
 
     Raises:
         UserError: the folder holds no image.
@@ -129,7 +136,7 @@ def gather(student: Any, folder: Path | None) -> Importance:
     from export.evidence import calibration_prompts
 
     count = min(max(TOKENS // (student.checkpoint.image.tokens + 32), FEWEST), MOST)
-    prompts, answers = calibration_prompts(student, folder, count)
+    prompts, answers = calibration_prompts(student, folder, count, questions)
     seen = observe(student, prompts, answers, keep=0)
     power = {}
     for path in seen.seen:
@@ -138,9 +145,7 @@ def gather(student: Any, folder: Path | None) -> Importance:
             power[name] = values
     power["token_embd.weight"] = power["output.weight"]  # the head, where it is the table
     tokens = sum(len(p.ids) + len(a) for p, a in zip(prompts, answers, strict=True))
-    source = (
-        f"{len(prompts)} images of {folder.name if folder else 'digits (training split)'} with questions and answers"
-    )
+    source = f"{len(prompts)} images of {called or 'digits (training split)'} with questions and answers"
     return Importance(power, tokens, source, seen.sha256)
 
 

@@ -6,11 +6,12 @@ import hashlib
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import gguf_foreign, gguf_mmproj, gguf_text, imatrix
+from export.evidence import calibration_images
 from export.gguf_file import read_tensors, stored_bytes, write
 from export.gguf_precision import GgufPrecision, fell_back, parse_gguf
 from export.gguf_quantise import check_tables, plan, quantise
@@ -28,6 +29,7 @@ from vlm.load import Checkpoint
 
 if TYPE_CHECKING:
     from export.evidence import Evidence
+    from export.questions import Question
     from export.student import Student
 
 CLIP_COSINE = 0.99
@@ -73,9 +75,18 @@ def write_mmproj(origin: Origin, weights: Weights, path: Path, kind: str, hollow
 
 
 def write_all(
-    student: Student, evidence: Evidence, run: ExportOptions, root: Path, stages: Stages, pair_id: str
+    student: Student,
+    evidence: Evidence,
+    run: ExportOptions,
+    root: Path,
+    stages: Stages,
+    pair_id: str,
+    questions: Sequence[Question] = (),
 ) -> tuple[Files, dict[str, Any], dict[str, Any]]:
     """Write both files, and the importance matrix where one was used.
+
+    Args:
+        questions: of the student's own that are free to gather it on.
 
     Returns: (file, role) pairs, and the manifest's `precision` and weight counts for `model`.
     """
@@ -101,7 +112,7 @@ def write_all(
     files = kept.files("mmproj", {**base, "vision": precision.vision}, root, mmproj)
     if facts.tower == "clip":
         _check_clip(origin, lambda path: exact(path, weights.kind), evidence, root, files[0][0])
-    importance = find_importance(student, run, precision, root, stages, base)
+    importance = find_importance(student, evidence, run, precision, root, stages, base, questions)
     if importance is not None:
         files.append((root / "imatrix.gguf", "imatrix"))
 
@@ -131,7 +142,14 @@ def exact_kind(precision: GgufPrecision, weights: Weights) -> str:
 
 
 def find_importance(
-    student: Student, run: ExportOptions, precision: GgufPrecision, root: Path, stages: Stages, base: Mapping[str, Any]
+    student: Student,
+    evidence: Evidence,
+    run: ExportOptions,
+    precision: GgufPrecision,
+    root: Path,
+    stages: Stages,
+    base: Mapping[str, Any],
+    questions: Sequence[Question] = (),
 ) -> Importance | None:
     """The matrix of --imatrix, or one gathered now; kept in the artefact. None where it changes nothing."""
     if run.no_imatrix or not precision.weighted:
@@ -147,11 +165,14 @@ def find_importance(
         return given
 
     def make(folder: Path) -> Files:
-        note("gathering an importance matrix on real images")
-        imatrix.gather(student, run.calibration).save(folder / "imatrix.gguf")
+        note(f"gathering an importance matrix on {calibration_images(evidence, run.calibration, questions)}")
+        called = run.calibration.name if run.calibration else run.data.name if run.data and questions else ""
+        imatrix.gather(student, run.calibration, questions, called).save(folder / "imatrix.gguf")
         return [(folder / "imatrix.gguf", "imatrix")]
 
-    key = {**base, "calibration": _folder_key(run.calibration)}
+    used = [] if run.calibration is not None else questions[: imatrix.MOST]
+    asked = [[str(q.source), _file_key(Path(str(q.source))), q.text, q.answers] for q in used]
+    key = {**base, "calibration": [_folder_key(run.calibration), asked]}
     (path, _), *_rest = stages.files("imatrix", key, root, make)
     return imatrix.load(path)
 
@@ -159,7 +180,11 @@ def find_importance(
 def _folder_key(folder: Path | None) -> list[Any]:
     if folder is None:
         return []
-    return sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in folder.iterdir() if p.is_file())
+    return sorted(_file_key(p) for p in folder.iterdir() if p.is_file())
+
+
+def _file_key(path: Path) -> list[Any]:
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def _check_clip(

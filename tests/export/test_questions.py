@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from export import imatrix, to_gguf
+from export.artefact import Making, build
 from export.cli import main
-from export.questions import divide, read_questions
+from export.gguf_precision import parse_gguf
+from export.options import ExportOptions
+from export.questions import Question, divide, read_questions
+from export.stages import Stages
 from vlm import digits
 from vlm.errors import UserError
 from vlm.manifest import read_manifest
@@ -86,3 +93,83 @@ def test_export_measures_accuracy_on_the_students_own_questions(
     assert manifest.accuracy["change"] == 0.0
     assert manifest.parity["calibration"]["prompts"] == 3
     assert "calibrating on real images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "said", "own", "foreign"),
+    [
+        ("tensorrt", "int8", "calibrating on", "3 prompts", "32 prompts"),
+        (
+            "gguf",
+            "q4_k_m",
+            "gathering an importance matrix on",
+            "3 images of mine.json with questions and answers",
+            "16 images of digits (training split) with questions and answers",
+        ),
+    ],
+)
+def test_every_target_calibrates_on_the_students_own_questions(
+    subjects: Callable[..., Any],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    target: Any,
+    precision: str,
+    said: str,
+    own: str,
+    foreign: str,
+) -> None:
+    """Or says that it had to take images the student does not know."""
+    subject = subjects("siglip", "qwen2")
+    records = [{"image": f"{i}.png", "question": f"{i} ?", "answer": "x"} for i in range(8)]
+    (folder / "mine.json").write_text(json.dumps(records))
+    evidence = dataclasses.replace(subject.evidence, task="mine")
+    free = read_questions(folder / "mine.json")[:3]
+
+    def calibrated_on(questions: list[Question], out: str) -> str:
+        root = folder / out
+        root.mkdir()
+        run = ExportOptions(target, subject.directory, root, precision, data=folder / "mine.json")
+        if target == "gguf":
+            manifest = build(subject.student, evidence, run, root, questions=questions)
+            return str(manifest.precision["decoder"]["imatrix"]["data"])
+        making = Making(subject.student, evidence, run, root, Stages(None), questions)
+        making.trt_storage()
+        assert making.calibration is not None
+        return f"{making.calibration.prompts} prompts"
+
+    assert calibrated_on(free, "own") == own
+    assert f"{said} real images" in capsys.readouterr().err
+    assert calibrated_on([], "foreign") == foreign
+    assert f"{said} digits, which this student does not know" in capsys.readouterr().err
+
+
+def test_other_questions_make_another_importance_matrix(
+    subjects: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One from an earlier run is taken for the same questions only."""
+    subject = subjects("siglip", "qwen2")
+    (folder / "stages").mkdir()
+    gathered: list[list[str]] = []
+
+    def gather(_student: Any, _images: Path | None, questions: list[Question], _name: str) -> imatrix.Importance:
+        gathered.append([q.text for q in questions])
+        return imatrix.Importance({"output.weight": np.ones(4, np.float32)}, 4, "")
+
+    def ask(*texts: str) -> None:
+        questions = [Question(folder / "0.png", text, ("a",)) for text in texts]
+        run = ExportOptions("gguf", subject.directory, folder / "out", "q4_k_m", data=folder / "mine.json")
+        root = folder / str(len(list(folder.iterdir())))
+        root.mkdir()
+        stages = Stages(folder / "stages")
+        to_gguf.find_importance(
+            subject.student, subject.evidence, run, parse_gguf("q4_k_m"), root, stages, {}, questions
+        )
+
+    monkeypatch.setattr(imatrix, "gather", gather)
+    for texts in (("a",), ("a",), ("a", "b"), ()):
+        ask(*texts)
+    assert gathered == [["a"], ["a", "b"], []]
+    ask("b")
+    digits.sample("validation", 1).image.resize((99, 9)).save(folder / "0.png")
+    ask("b")
+    assert gathered[3:] == [["b"], ["b"]]
