@@ -138,12 +138,18 @@ def write(
 
 
 def _write_table(student: Student, path: Path, dtype: str) -> None:
-    """A piece at a time: a large vocabulary in float32 beside the model would double its memory."""
+    """A piece at a time: a large vocabulary in float32 beside the model would double its memory.
+
+    Not through a mapped file: on a full disk that ends the process instead of raising.
+    """
     weight = student.model.model.language_model.embed_tokens.weight.detach()
-    table = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=tuple(weight.shape))
-    for start in range(0, len(weight), TABLE_ROWS):
-        table[start : start + TABLE_ROWS] = weight[start : start + TABLE_ROWS].float().numpy()
-    table.flush()
+    kind = np.dtype(dtype)
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": tuple(weight.shape)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(weight), TABLE_ROWS):
+            rows = weight[start : start + TABLE_ROWS].float().numpy().astype(kind)
+            file.write(np.ascontiguousarray(rows).data)
 
 
 def _write_graph(student: Student, graph: TrtGraph, folder: Path) -> Files:

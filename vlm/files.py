@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -92,11 +94,17 @@ def atomic_dir(target: Path) -> Iterator[Path]:
         _publish(work, target)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if isinstance(error, OSError) and _disk_full(error):
             raise UserError(
                 f"disk full while writing {target}; free space or choose another folder with --out"
             ) from error
         raise
+
+
+def _disk_full(error: OSError) -> bool:
+    """Whether a write found no room; `ndarray.tofile` reports a short write without the error's number."""
+    short = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or bool(short)
 
 
 def _publish(work: Path, target: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from export import to_tensorrt
 from export.parity import GATES, trt_gate
 
 SMALL = {"layers": 1, "vision_layers": 1}
@@ -92,3 +94,43 @@ def test_small_matrices_fall_back_and_say_so(students: Callable[..., Any]) -> No
     # q, k, v, o, gate, up and the head have 96 columns; down has 512
     assert sum(decoder.fallbacks.values()) == 7
     assert all("96 columns" in reason for reason in decoder.fallbacks)
+
+
+class Watched:
+    """A table that notes how long its file is whenever rows are read."""
+
+    def __init__(self, values: Any, path: Path) -> None:
+        self.values, self.path, self.lengths = values, path, list[int]()
+        self.shape = values.shape
+
+    def detach(self) -> Watched:
+        return self
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice) -> Any:
+        self.lengths.append(self.path.stat().st_size)
+        return self.values[rows]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_table_takes_its_room_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """A file that has its length first and is filled through memory ends the process on a full disk."""
+    import torch
+
+    path = tmp_path / "table.npy"
+    watched = Watched(torch.randn(300, 4000), path)
+    language = SimpleNamespace(embed_tokens=SimpleNamespace(weight=watched))
+    student: Any = SimpleNamespace(model=SimpleNamespace(model=SimpleNamespace(language_model=language)))
+    monkeypatch.setattr(to_tensorrt, "TABLE_ROWS", 128)
+    to_tensorrt._write_table(student, path, dtype)
+    stored = np.load(path, mmap_mode="r")
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(stored, watched.values.numpy().astype(dtype))
+    assert len(watched.lengths) == 3
+    assert watched.lengths[0] < watched.lengths[1] < watched.lengths[2] < path.stat().st_size
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        to_tensorrt._write_table(student, path, dtype)
