@@ -18,6 +18,7 @@ from distill.batch import Batch, Normaliser
 from distill.cache import Cached, open_cached
 from distill.config import TrainConfig
 from distill.data import Collator
+from distill.methods import LavitOptions
 from distill.objective import Objective
 from distill.train import Run, load_run, recomputed
 from distill.trainer import METRICS, DistillTrainer
@@ -125,8 +126,9 @@ def verify(config: TrainConfig, cache: Path, steps: int) -> Verified:
 
 
 def _short(config: TrainConfig, steps: int, out: Path, cache: Path | None) -> TrainConfig:
-    """The run cut to its first steps, without anything that is not a training step."""
+    """The run cut to its first steps, without tpa and anything that is not a training step."""
     changes: dict[str, Any] = {"out": out, "teacher_cache": cache, "steps": steps, "save_every": 2 * steps}
+    changes |= {"weights": dataclasses.replace(config.weights, tpa=0.0)}
     changes |= {"log_every": 1, "eval_every": 0, "visual_every": 0, "final": "last", "report_to": "none"}
     if cache is not None:
         changes |= {"teacher_device": "auto", "teacher_load": "none"}
@@ -139,14 +141,13 @@ def _run(config: TrainConfig, terms: tuple[str, ...], beside: Path | None) -> li
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     run = load_run(config)
-    trained = tuple(term for term in config.terms if term != "tpa")
     align = recomputed(run)
     cached = None if beside is None else _open(config, run, beside)
     layer = 0 if cached is None else cached.layer
-    objective = Objective(trained, config.weights, align, run.asked(align, layer), run.vocabulary)
+    objective = Objective(config.terms, config.weights, align, run.asked(align, layer), run.vocabulary)
     if cached is not None:
         objective = Beside(objective, Objective(terms, config.weights, align, cached.teacher, cached.vocabulary))
-    config.out.mkdir(parents=True)
+    config.out.mkdir(parents=True, exist_ok=True)  # a student with latents was written there
     pad = run.student_source.tokenizer.spec.pad_token_id
     trainer = DistillTrainer(config, run.student, objective, run.data.train, Collator(pad, keys=True), _nothing)
     trainer.go(None)
@@ -161,7 +162,12 @@ def _open(config: TrainConfig, run: Run, cache: Path) -> Cached:
     """The cache beside a live run; asked for nothing but `TERMS`."""
     objective = "kd+iva" if "iva" in config.terms else "kd"
     asked = dataclasses.replace(
-        config, teacher_cache=cache, objective=objective, teacher_device="auto", teacher_load="none"
+        config,
+        teacher_cache=cache,
+        objective=objective,
+        lavit=LavitOptions(),
+        teacher_device="auto",
+        teacher_load="none",
     )
     return open_cached(asked, run.student_source, None, placement.student_device(), run.data.train)
 

@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.cli import AS_JSON, Extra, parse
-from distill.config import NEW_RUN, TrainConfig
+from distill.config import NEW_RUN, LossWeights, TrainConfig
+from distill.methods import LavitOptions
 from vlm.console import note, print_json, table
 from vlm.errors import UserError
 from vlm.files import write_atomic
@@ -86,7 +87,8 @@ def measure(config: TrainConfig, pairs: int) -> LayerScores:
     # read as the student of a plain run, the teacher comes with its tokenizer, its pixels and the data
     source = Path(config.teacher) if config.teacher else presets.digits_teacher()
     alone = starting_from(config, source, plain=True)
-    run = load_run(dataclasses.replace(alone, teacher=None, teacher_cache=None, objective="sft", batch_size=1))
+    plain: dict[str, Any] = {"objective": "sft", "weights": LossWeights(), "lavit": LavitOptions()}
+    run = load_run(dataclasses.replace(alone, **plain, teacher=None, teacher_cache=None, batch_size=1))
     teacher = run.student.eval().requires_grad_(False)
     if torch.cuda.is_available():
         teacher = teacher.to("cuda", getattr(torch, config.teacher_dtype))

@@ -25,6 +25,7 @@ from distill.cache_run import build
 from distill.cache_store import INFO, Missing, Reader
 from distill.cache_verify import verify
 from distill.config import Align, TrainConfig
+from distill.methods import LavitOptions
 from distill.report import read_metrics
 from distill.train import train
 from vlm.errors import GateFailed, UserError
@@ -133,6 +134,18 @@ def test_a_share_of_the_visual_rows_has_no_bound(models: Path, tmp_path: Path) -
     assert found.terms["iva"].within is None
     assert "iva: " in found.text
     found.refuse_misses()
+
+
+def test_a_cache_of_every_objective_is_verified_without_what_it_cannot_follow(
+    models: Path, caches: dict[str, cache_run.Built], tmp_path: Path
+) -> None:
+    """Neither tpa nor settings of latents keep a cache of kd and iva from being held against the live teacher."""
+    found = verify(tiny(models, tmp_path / "unused", objective="align-ti"), caches["short"].out, 2)
+    assert {name: (item.within, item.steps) for name, item in found.terms.items()} == {"kd": (2, 2), "iva": (2, 2)}
+    watching = tiny(models, tmp_path / "gaze", objective="kd+lavit", lavit=LavitOptions(latents=8))
+    made = build(watching, CacheOptions(CLOSE, CLOSE, looks=8, look_layers=8), (0, 1), False)
+    found = verify(dataclasses.replace(watching, out=tmp_path / "again"), made.out, 2)
+    assert found.terms["kd"].within == 2
 
 
 def test_offline_tpa_trains_on_the_stored_candidates(

@@ -137,6 +137,12 @@ def test_the_command_prints_a_table_and_writes_what_it_found(
     assert (tmp_path / "irs.png").is_file()
 
 
+def test_settings_of_the_objective_do_not_matter_to_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["irs", "--preset", "digits", "--pairs", "4", "--threads=1", "--samples", "8"]
+    assert main([*words, "--objective", "kd+lavit", "--lavit.latents", "8", "--weights.sft", "0"]) == 0
+    assert "--align.iva_layer" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words_", "seen"),
     [
