@@ -34,7 +34,8 @@ command goes on; more data can be added to the same folder. Held-out samples tha
                       teacher says after each. A deviation from Align-TI, which draws them anew from the student at
                       every step; a live teacher does that [0]
   --shard I/N         every N-th sample from the I-th on (0 to N-1); under torchrun it is the process's rank
-  --batch_size B      samples a forward pass
+  --batch_size B      samples a forward pass; with --streaming as in training: steps x batch_size x accumulate samples of the
+                      stream are stored, and for N processes give N times the accumulate
   --verify N          then train N steps with the live teacher, comparing both losses of the same student at every step,
                       and N steps from the cache; exit code 1 where a loss leaves its bound [0]
   --dry_run           say how large the cache will be and how exact, write nothing

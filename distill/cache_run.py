@@ -190,9 +190,11 @@ def build(config: TrainConfig, options: CacheOptions, shard: tuple[int, int], dr
 
 
 def _load(config: TrainConfig, options: CacheOptions) -> Work:
-    # sft: the run loads student and data and leaves the teacher to us
+    # sft: the run loads student and data and leaves the teacher to us; few samples need not fill a batch, but how long
+    # a stream is depends on the batch
+    size = config.batch_size if config.streaming else 1
     run = load_run(
-        dataclasses.replace(config, objective="sft", batch_size=1, weights=LossWeights(), lavit=LavitOptions())
+        dataclasses.replace(config, objective="sft", batch_size=size, weights=LossWeights(), lavit=LavitOptions())
     )
     teacher = run.teacher_source or open_checkpoint(presets.digits_teacher())
     vocabulary = shared_vocabulary(teacher, run.student_source)

@@ -28,6 +28,7 @@ from distill.config import Align, TrainConfig
 from distill.methods import LavitOptions
 from distill.report import read_metrics
 from distill.train import train
+from tests.distill import data_sets
 from vlm.errors import GateFailed, UserError
 from vlm.load import open_checkpoint
 
@@ -226,6 +227,17 @@ def test_a_sample_that_is_not_there_is_named(models: Path, caches: dict[str, cac
     config = tiny(models, tmp_path / "run", teacher_cache=caches["short"].out, samples=SAMPLES + 40)
     with pytest.raises(Missing, match=r"holds nothing for sample [0-9a-f]{16} \(record \d+\); run `python -m distill"):
         train(config)
+
+
+def test_a_cache_of_a_stream_holds_what_training_asks_for(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = data_sets.WRITERS["messages parquet shards"](tmp_path / "rows", data_sets.samples(20))
+    stream: dict[str, Any] = {"data": rows, "streaming": True, "eval_every": 0, "steps": 2, "align": Align(iva_layer=1)}
+    made = build(tiny(models, tmp_path / "made", **stream, accumulate=2), CacheOptions(), (0, 1), False)
+    assert made.samples == 2 * 4 * 2
+    train(tiny(models, tmp_path / "run", **stream, accumulate=2, teacher_cache=made.out))
 
 
 def test_estimate_and_full_disk(models: Path, caches: dict[str, cache_run.Built], tmp_path: Path) -> None:
