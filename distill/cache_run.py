@@ -25,7 +25,7 @@ from distill.cache_codec import QUANTISATION
 from distill.cache_key import sample_key
 from distill.cache_store import FORMAT, HEAD, INFO, Entry, Reader, Writer, read_info
 from distill.config import LossWeights, TrainConfig
-from distill.data import Collator, Examples, to_batch
+from distill.data import Collator, Examples, at_hand, to_batch
 from distill.methods import LavitOptions
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
@@ -324,8 +324,9 @@ def _refuse_full_disk(out: Path, needed: int) -> None:
 def _probe(work: Work, builder: Builder) -> Measured:
     """Size and error on samples spread over the data."""
     data = work.run.data.train
-    count = min(PROBE, len(data))
-    examples = [data[i * len(data) // count] for i in range(count)]
+    within = at_hand(data)
+    count = min(PROBE, within)
+    examples = [data[i * within // count] for i in range(count)]
     student = work.run.student.to(work.placed.head.weight_VD.device).eval()
     head: Head | None = work.placed.head if work.options.all_logits else None
     entries: list[Entry] = []

@@ -20,7 +20,7 @@ from distill.check_parts import DataFigures, Finding, TokenRow
 from distill.check_steps import Disk, Gradients, Memory, Point
 from distill.cli import AS_JSON, Extra, parse
 from distill.config import TrainConfig
-from distill.data import Example, Examples, to_batch
+from distill.data import Example, Examples, at_hand, to_batch
 from distill.objective import Objective
 from distill.stages import START_FIELDS
 from vlm.console import note, print_json
@@ -223,7 +223,7 @@ def check_stage(name: str, config: TrainConfig, blind_samples: int, notes: tuple
 def _draw(examples: Examples, seed: int) -> tuple[list[Example], list[Example], Sequence[int]]:
     """Random samples, the longest ones, and the lengths that are known."""
     rng = np.random.default_rng(seed)
-    drawn = [examples[int(i)] for i in rng.permutation(len(examples))[:DRAWN]]
+    drawn = [examples[int(i)] for i in rng.permutation(at_hand(examples))[:DRAWN]]
     counted = getattr(examples, "lengths", None)
     if counted is None:
         ordered = sorted(drawn, key=lambda example: -len(example.ids))

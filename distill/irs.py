@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from distill import access
 from distill.attention import AttentionTap, instruction_to_vision
-from distill.data import Collator, Example, Examples, to_batch
+from distill.data import Collator, Example, Examples, at_hand, to_batch
 from distill.objective import gold_pass
 from distill.placement import computes_on
 from vlm.errors import DataError
@@ -79,7 +79,7 @@ class _Prompt:
 
 
 def build_pairs(examples: Examples, pairs: int, seed: int = 0) -> Pairs:
-    """Draw samples at random and pair instructions about one image.
+    """Draw samples at random (of a stream from its head) and pair instructions about one image.
 
     An image with several questions (turns of a conversation, or several records) gives pairs of its own questions;
     an image with a single one gets its second instruction from another sample.
@@ -90,7 +90,7 @@ def build_pairs(examples: Examples, pairs: int, seed: int = 0) -> Pairs:
     rng = np.random.default_rng(seed)
     by_image: dict[bytes, list[_Prompt]] = defaultdict(list)
     looked_at = usable = 0
-    for index in rng.permutation(len(examples)):
+    for index in rng.permutation(at_hand(examples)):
         if usable > pairs or looked_at >= 8 * pairs + 8:
             break
         looked_at += 1

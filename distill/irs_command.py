@@ -74,7 +74,7 @@ def measure(config: TrainConfig, pairs: int) -> LayerScores:
 
     from distill import presets
     from distill.__main__ import quiet
-    from distill.data import Collator
+    from distill.data import Collator, at_hand
     from distill.irs import layer_scores
     from distill.stages import starting_from
     from distill.train import load_run
@@ -92,7 +92,7 @@ def measure(config: TrainConfig, pairs: int) -> LayerScores:
     teacher = run.student.eval().requires_grad_(False)
     if torch.cuda.is_available():
         teacher = teacher.to("cuda", getattr(torch, config.teacher_dtype))
-    note(f"IRS over {pairs} pairs from {len(run.data.train)} samples")
+    note(f"IRS over {pairs} pairs from {at_hand(run.data.train)} samples")
     collate = Collator(run.student_source.tokenizer.spec.pad_token_id)
     return layer_scores(teacher, run.data.train, pairs, collate, seed=config.seed)
 

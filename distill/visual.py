@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from distill import access
 from distill.batch import Batch
-from distill.data import Collator, Example, Examples, to_batch
+from distill.data import Collator, Example, Examples, at_hand, to_batch
 
 Verdict = Literal["sees", "early", "blind", "unwired", "mismatched"]
 # two-sided 99 % quantile of Student's t by degrees of freedom; between entries the next lower one is used
@@ -102,11 +102,12 @@ def _content(example: Example) -> tuple[tuple[int, ...], str]:
 
 
 def probe(examples: Examples, n: int, collate: Collator) -> Probe | None:
-    """A probe of up to n samples, taken evenly over the data set; None where no two samples have different images."""
-    look = min(len(examples), 4 * n)
+    """A probe of up to n samples, taken evenly over the data set (a stream: its head); None where no two samples have different images."""
+    within = at_hand(examples)
+    look = min(within, 4 * n)
     found: list[Example] = []
     for i in range(look):
-        example = examples[i * len(examples) // look]
+        example = examples[i * within // look]
         found += [example] if example.pixels else []
         if len(found) == n:
             break

@@ -1,6 +1,6 @@
 """Data sets of every supported format and container -> checked records -> examples -> batches."""
 
-from distill.data.batch import Collator, DigitsExamples, Example, Examples, batches, to_batch
+from distill.data.batch import Collator, DigitsExamples, Example, Examples, at_hand, batches, to_batch
 from distill.data.records import (
     DataOptions,
     LlavaJson,
@@ -26,6 +26,7 @@ __all__ = [
     "Split",
     "StreamOptions",
     "Streamed",
+    "at_hand",
     "batches",
     "check_lengths",
     "hold_out",

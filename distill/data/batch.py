@@ -51,6 +51,11 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+def at_hand(examples: Examples) -> int:
+    """How many of the first samples can be read in any order: all of them, or what a stream keeps."""
+    return int(getattr(examples, "at_hand", len(examples)))
+
+
 class DigitsExamples(Dataset):  # type: ignore[type-arg]
     """The digits stream of one split as training examples.
 

@@ -98,6 +98,11 @@ class Streamed(Dataset):  # type: ignore[type-arg]
                 return example
         raise DataError(f"{self.where(index)}: none of the {GIVE_UP} records from here on can be used; check the data")
 
+    @property
+    def at_hand(self) -> int:
+        """How many of the first samples cost no reading, in whatever order they are asked for; they are mixed already."""
+        return len(self._head)
+
     def where(self, number: int) -> str:
         return f"{self.data} stream record {number}"
 

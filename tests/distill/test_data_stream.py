@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill import check, irs, visual
 from distill.config import TrainConfig
-from distill.data import DataOptions, Streamed, StreamOptions, train_sampler, write_skipped
+from distill.data import Collator, DataOptions, Streamed, StreamOptions, train_sampler, write_skipped
 from distill.train import train
 from tests.distill import data_sets
 from tests.distill.conftest import interrupt_at
@@ -60,6 +61,24 @@ def test_a_stream_is_a_function_of_the_number(student: Checkpoint, rows: Path, m
     assert [other[i].ids for i in (10, 11, 14, 15)] == [ids[i] for i in (10, 11, 14, 15)]
     plain = streamed(rows, student, buffer=0)
     assert sorted(plain[i].ids for i in range(20)) == sorted(ids[:20])
+
+
+def test_looking_before_training_reads_a_stream_no_further_than_its_head(
+    student: Checkpoint, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distill.data import stream
+
+    monkeypatch.setattr(stream, "HEAD", 12)
+    one = streamed(rows, student)
+    monkeypatch.setattr(one, "_begin_epoch", None)
+    pairs = irs.build_pairs(one, 8)
+    assert pairs.found
+    assert pairs.looked_at <= 12
+    drawn, _, _ = check._draw(one, seed=0)
+    assert sorted(example.ids for example in drawn) == sorted(one[i].ids for i in range(12))
+    seen = visual.probe(one, 8, Collator(student.tokenizer.spec.pad_token_id))
+    assert seen is not None
+    assert one._next == 12, "training goes on from here"
 
 
 def test_a_record_that_cannot_be_used_stops_or_is_listed(
