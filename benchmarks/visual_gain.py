@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--objective", default="sft")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seeds):
