@@ -29,12 +29,20 @@ class Stages:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def files(self, name: str, key: Any, root: Path, make: Callable[[Path], Sequence[tuple[Path, str]]]) -> list[Any]:
+    def files(
+        self,
+        name: str,
+        key: Any,
+        root: Path,
+        make: Callable[[Path], Sequence[tuple[Path, str]]],
+        fallbacks: dict[str, int] | None = None,
+    ) -> list[Any]:
         """`make(folder)` writes files and returns (path, role) pairs; the same pairs under `root`, made or found.
 
         Args:
             name: of the stage, also part of its folder's name.
             key: JSON value that changes whenever the files would.
+            fallbacks: what `make` fills in while it runs; of a stage that is found, what was filled in then.
         """
         if self.folder is None:
             return list(make(root))
@@ -45,13 +53,15 @@ class Stages:
                 shutil.rmtree(old, ignore_errors=True)
             with atomic_dir(home) as work:
                 made = [(path.relative_to(work).as_posix(), role) for path, role in make(work)]
-                record = {path: {"role": role, "sha256": sha256_file(work / path)} for path, role in made}
-                write_atomic(work / RECORD, json.dumps(record))
-            found = record
+                entries = {path: {"role": role, "sha256": sha256_file(work / path)} for path, role in made}
+                found = {"files": entries, "fallbacks": fallbacks or {}}
+                write_atomic(work / RECORD, json.dumps(found))
         else:
             note(f"{name}: found finished from an earlier run")
+        if fallbacks is not None:
+            fallbacks.update(found["fallbacks"])
         files = []
-        for relative, entry in found.items():
+        for relative, entry in found["files"].items():
             target = root / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(home / relative, target)
@@ -70,7 +80,7 @@ def _read(home: Path) -> dict[str, Any] | None:
     """The record of a stage whose files are all as they were written; None otherwise."""
     try:
         record: dict[str, Any] = json.loads((home / RECORD).read_text())
-        intact = all(sha256_file(home / path) == entry["sha256"] for path, entry in record.items())
+        intact = all(sha256_file(home / path) == entry["sha256"] for path, entry in record["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if intact else None

@@ -238,7 +238,7 @@ def write(
     for graph in planned:
         kind = KINDS[getattr(options.precision, graph.part)]
         key = stage_key(student, options, graph, weights)
-        files += stages.files(graph.stem, key, root, lambda folder, g=graph, k=kind: write_graph(student, g, k.suffix, folder))  # type: ignore[misc]  # fmt: skip
+        files += stages.files(graph.stem, key, root, lambda folder, g=graph, k=kind: write_graph(student, g, k.suffix, folder), graph.fallbacks)  # type: ignore[misc]  # fmt: skip
     io = {graph.stem: graph.spec.to_json() for graph in planned}
     paths = {role: path for path, role in files}
     section, counts = describe(student, paths, options.precision, {graph.role: graph.fallbacks for graph in planned})

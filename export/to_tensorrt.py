@@ -123,7 +123,7 @@ def write(
     planned = graphs(student, storage)
     for graph in planned:
         key = _stage_key(student, storage, graph.stem)
-        files += stages.files(graph.stem, key, root, lambda folder, g=graph: _write_graph(student, g, folder))  # type: ignore[misc]  # fmt: skip
+        files += stages.files(graph.stem, key, root, lambda folder, g=graph: _write_graph(student, g, folder), graph.fallbacks)  # type: ignore[misc]  # fmt: skip
     table = root / "embed_tokens.npy"
     _write_table(student, table, storage.precision.io)
     plan = root / build_engine.PLAN

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import to_onnx
+from export import to_onnx, to_tensorrt
 from export.cli import main
 from export.parity import GATES
 from export.precision import parse_precision
 from export.stages import Stages
 from export.student import open_student
+from export.trt_precision import parse_trt_precision
 from export.verify import verify
 from tests.tiny import make_student
 from vlm.errors import UserError
@@ -60,6 +61,29 @@ def test_a_stage_is_made_once_and_again_when_its_key_or_its_files_change(tmp_pat
     kept.write_text("damaged")
     ask({"k": 2}, "four")
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+def test_a_stage_found_finished_still_tells_what_fell_back(
+    students: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    """Rows that fill no block: the card of a resumed export says so as the first run's would have."""
+    student = students("siglip", "qwen2", hidden=64, head_dim=16, intermediate=100, layers=1, vision_layers=1).student
+    (tmp_path / "stages").mkdir()
+    stages = Stages(tmp_path / "stages")
+
+    def section(root: Path) -> dict[str, Any]:
+        root.mkdir()
+        if target == "onnx":
+            return to_onnx.write(student, root, to_onnx.Storage(parse_precision("int4"), "portable"), stages)[2]
+        storage = to_tensorrt.TrtStorage(parse_trt_precision("int4"))
+        return to_tensorrt.write(student, root, storage, stages, "0" * 16)[2]
+
+    first = section(tmp_path / "one")
+    assert first["embed_tokens" if target == "onnx" else "decoder"]["fallbacks"]
+    assert "found finished" not in capsys.readouterr().err
+    assert section(tmp_path / "two") == first
+    assert capsys.readouterr().err.count("found finished") == (3 if target == "onnx" else 2)
 
 
 def test_full_disk_leaves_the_old_artefact_and_the_rerun_goes_on(
