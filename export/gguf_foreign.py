@@ -23,6 +23,7 @@ from export.gguf_file import PAIR_KEY
 from export.gguf_source import Array, Weights
 from export.gguf_text import HEAD, Origin, describe_origin
 from export.gguf_tokens import declared, pre_tokenizer_name, read_tokenizer_json
+from export.stages import code_sha256
 from vlm.errors import CheckpointError, MissingPiece, UserError
 from vlm.load import Checkpoint
 
@@ -47,6 +48,11 @@ def check_checkout(folder: Path) -> None:
     """Raises UserError: not a llama.cpp checkout."""
     if not (folder / SCRIPT).is_file():
         raise UserError(f"--llama-cpp {folder} holds no {SCRIPT}; give the folder of a llama.cpp checkout")
+
+
+def checkout_key(folder: Path) -> str:
+    """Of the program text a conversion runs: what another version of it wrote is written again."""
+    return code_sha256(folder / SCRIPT, folder / "conversion", folder / "gguf-py")
 
 
 def write_text(origin: Origin, weights: Weights, checkout: Path, path: Path, kind: str) -> None:

@@ -14,11 +14,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm.console import note
 from vlm.errors import UserError
 from vlm.files import atomic_dir, sha256_file, write_atomic
+
+if TYPE_CHECKING:
+    from vlm.load import Checkpoint
 
 RECORD = "stage.json"
 
@@ -84,6 +87,21 @@ def _read(home: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if intact else None
+
+
+def code_sha256(*places: Path) -> str:
+    """Of program text, files or whole folders, by default this room's: stages of another version are made again."""
+    digest = hashlib.sha256()
+    for place in places or (Path(__file__).parent,):
+        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            digest.update(path.relative_to(place).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def student_key(checkpoint: Checkpoint) -> list[Any]:
+    """Of everything about a student that ends up in a file."""
+    read = sorted(p for p in checkpoint.directory.iterdir() if p.suffix in (".json", ".jinja", ".txt", ".model"))
+    return [checkpoint.weights_sha256(), {path.name: sha256_file(path) for path in read}]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import shutil
 import tempfile
@@ -19,8 +18,8 @@ from export.gguf_source import Weights
 from export.gguf_text import Origin
 from export.gguf_tokens import check_tokenizer
 from export.imatrix import Importance
-from export.options import ExportOptions
-from export.stages import Stages
+from export.options import ExportOptions, run_name
+from export.stages import Stages, code_sha256, student_key
 from export.student import Facts, read_config
 from vlm.console import note
 from vlm.errors import CheckpointError
@@ -93,8 +92,14 @@ def write_all(
     checkpoint, facts, precision = student.checkpoint, student.facts, parse_gguf(run.precision)
     weights = Weights(checkpoint.weights)
     origin = origin_of(checkpoint, facts, weights, pair_id, checkpoint.weights_sha256())
-    base = {"student": origin.sha256, "pair": pair_id, "code": code_sha256(), "versions": versions()}
-    base["converter"] = str(run.llama_cpp)
+    called = run_name(checkpoint.directory)  # which the files carry
+    base: dict[str, Any] = {
+        "student": [called, *student_key(checkpoint)],
+        "pair": pair_id,
+        "code": code_sha256(),
+        "versions": versions(),
+    }
+    base["converter"] = None if run.llama_cpp is None else gguf_foreign.checkout_key(run.llama_cpp)
 
     def exact(path: Path, kind: str) -> None:
         if run.llama_cpp is None:
@@ -301,11 +306,6 @@ def estimate(checkpoint: Checkpoint, facts: Facts, run: ExportOptions) -> dict[s
 
 def _padded(size: int) -> int:
     return -(-size // 32) * 32
-
-
-def code_sha256() -> str:
-    """Of this room's program text: stages of another version are made again."""
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
 def versions() -> list[str]:

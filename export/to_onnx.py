@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from export.declare import GraphSpec, decoder_spec, embed_spec, example_inputs, vision_spec
 from export.precision import KINDS, Algorithm, Flavour, Precision
 from export.sizes import describe, tensor_bytes
-from export.stages import Stages
+from export.stages import Stages, code_sha256, student_key
 from export.student import Student
 from vlm.errors import GateFailed
 
@@ -234,10 +234,10 @@ def write(
     from export.graph_ort import ROTARY_POSITIONS
 
     files: list[tuple[Path, str]] = []
-    planned, weights = graphs(student, options), student.checkpoint.weights_sha256()
+    planned, of_student = graphs(student, options), student_key(student.checkpoint)
     for graph in planned:
         kind = KINDS[getattr(options.precision, graph.part)]
-        key = stage_key(student, options, graph, weights)
+        key = stage_key(student, options, graph, of_student)
         files += stages.files(graph.stem, key, root, lambda folder, g=graph, k=kind: write_graph(student, g, k.suffix, folder), graph.fallbacks)  # type: ignore[misc]  # fmt: skip
     io = {graph.stem: graph.spec.to_json() for graph in planned}
     paths = {role: path for path, role in files}
@@ -247,7 +247,7 @@ def write(
     return files + write_configs(student, root, files, options.precision), io, section, counts
 
 
-def stage_key(student: Student, options: Storage, graph: Graph, weights_sha256: str) -> dict[str, Any]:
+def stage_key(student: Student, options: Storage, graph: Graph, of_student: list[Any]) -> dict[str, Any]:
     """Everything the bytes of one graph depend on, this program's own text included."""
     folds = hashlib.sha256()
     for path, fold in sorted(student.folds.items()):
@@ -255,17 +255,16 @@ def stage_key(student: Student, options: Storage, graph: Graph, weights_sha256: 
             folds.update(path.encode() + (b"" if scale is None else scale.numpy().tobytes()))
     for path, seen in sorted(options.ranges.items()):
         folds.update(f"{path} {seen.low} {seen.high}".encode() + seen.power_K.numpy().tobytes())
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     versions = [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")]
     return {
-        "student": [weights_sha256, student.checkpoint.config],
+        "student": of_student,
         "graph": graph.stem,
         "precision": [
             getattr(options.precision, p) for p in (graph.part, "head")[: 2 if graph.part == "decoder" else 1]
         ],
         "options": [options.flavour, options.algorithm, sorted(options.wide)],
         "calibration": folds.hexdigest(),
-        "code": code.hexdigest(),
+        "code": code_sha256(),
         "versions": versions,
     }
 

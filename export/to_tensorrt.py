@@ -17,7 +17,7 @@ from export import build_engine, trt_ops
 from export.declare import NEW, PAST, TOTAL, GraphSpec, delta_spec, vision_spec
 from export.precision import Algorithm
 from export.sizes import parameter_counts, weight_sizes
-from export.stages import Stages
+from export.stages import Stages, code_sha256, student_key
 from export.student import Student
 from export.to_onnx import write_module
 from export.trt_precision import TRT_KINDS, TrtPrecision
@@ -120,9 +120,9 @@ def write(
         GateFailed: a graph holds something a TensorRT we claim does not parse.
     """
     files: Files = []
-    planned = graphs(student, storage)
+    planned, of_student = graphs(student, storage), student_key(student.checkpoint)
     for graph in planned:
-        key = _stage_key(student, storage, graph.stem)
+        key = _stage_key(student, storage, graph.stem, of_student)
         files += stages.files(graph.stem, key, root, lambda folder, g=graph: _write_graph(student, g, folder), graph.fallbacks)  # type: ignore[misc]  # fmt: skip
     table = root / "embed_tokens.npy"
     _write_table(student, table, storage.precision.io)
@@ -160,7 +160,7 @@ def _write_graph(student: Student, graph: TrtGraph, folder: Path) -> Files:
     return files
 
 
-def _stage_key(student: Student, storage: TrtStorage, stem: str) -> dict[str, Any]:
+def _stage_key(student: Student, storage: TrtStorage, stem: str, of_student: list[Any]) -> dict[str, Any]:
     """Everything the bytes of one graph depend on, this program's own text included."""
     seen = hashlib.sha256()
     for path, fold in sorted(student.folds.items()):
@@ -168,13 +168,12 @@ def _stage_key(student: Student, storage: TrtStorage, stem: str) -> dict[str, An
             seen.update(path.encode() + (b"" if scale is None else scale.numpy().tobytes()))
     for path, span in sorted(storage.ranges.items()):
         seen.update(f"{path} {span.low} {span.high}".encode() + span.power_K.numpy().tobytes())
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
     return {
-        "student": student.checkpoint.weights_sha256(),
+        "student": of_student,
         "graph": f"tensorrt {stem}",
         "options": [repr(storage.precision), storage.algorithm, sorted(storage.wide)],
         "calibration": seen.hexdigest(),
-        "code": code.hexdigest(),
+        "code": code_sha256(),
         "versions": [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")],
     }
 

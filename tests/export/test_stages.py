@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ import numpy as np
 import pytest
 
 from export import to_onnx, to_tensorrt
+from export.artefact import build
 from export.cli import main
+from export.options import ExportOptions
 from export.parity import GATES
 from export.precision import parse_precision
 from export.stages import Stages
@@ -61,6 +64,63 @@ def test_a_stage_is_made_once_and_again_when_its_key_or_its_files_change(tmp_pat
     kept.write_text("damaged")
     ask({"k": 2}, "four")
     assert len(calls) == 3
+
+
+class Asked(Stages):
+    """Remembers the first key it is asked for, and stops there."""
+
+    def files(self, name: str, key: Any, *_rest: Any, **_more: Any) -> list[Any]:
+        raise InterruptedError(json.dumps(key, sort_keys=True))
+
+
+def _key(student: Any, directory: Path, target: Any, llama_cpp: Path | None = None) -> str:
+    student = dataclasses.replace(student, checkpoint=open_checkpoint(directory))
+    run = ExportOptions(
+        target, directory, directory / "out", "f16" if target == "gguf" else "fp32", llama_cpp=llama_cpp
+    )
+    storage = to_tensorrt.TrtStorage(parse_trt_precision("fp32")) if target == "tensorrt" else None
+    nothing: Any = None
+    with pytest.raises(InterruptedError) as caught:
+        build(student, nothing, run, directory, storage, Asked(None))
+    return str(caught.value)
+
+
+FILES = (
+    "config.json",
+    "vlm.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+)
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt", "gguf"])
+def test_whatever_a_student_says_of_itself_is_in_the_key(
+    students: Callable[..., Any], tmp_path: Path, target: str
+) -> None:
+    """After a correction of any of its files nothing is taken from the run before."""
+    opened = students("siglip", "qwen2")
+    directory = Path(shutil.copytree(opened.directory, tmp_path / "student"))
+    keys = [_key(opened.student, directory, target), _key(opened.student, directory, target)]
+    assert keys[0] == keys[1]
+    for name in FILES:
+        (directory / name).write_text((directory / name).read_text() + "\n")
+        keys.append(_key(opened.student, directory, target))
+    assert len(set(keys)) == 1 + len(FILES)
+
+
+def test_another_converter_is_in_the_key(students: Callable[..., Any], tmp_path: Path) -> None:
+    opened = students("siglip", "qwen2")
+    checkout = tmp_path / "llama.cpp"
+    for name in ("convert_hf_to_gguf.py", "conversion/base.py", "gguf-py/gguf/constants.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("a = 1")
+    keys = {_key(opened.student, opened.directory, "gguf", checkout) for _ in range(2)}
+    for name in ("convert_hf_to_gguf.py", "conversion/base.py", "gguf-py/gguf/constants.py"):
+        (checkout / name).write_text("a = 2")
+        keys.add(_key(opened.student, opened.directory, "gguf", checkout))
+    assert len(keys) == 4
 
 
 @pytest.mark.parametrize("target", ["onnx", "tensorrt"])
@@ -165,8 +225,6 @@ def test_read_only_target_is_refused_before_any_work(
 def test_too_small_a_disk_is_refused_before_any_work(
     subjects: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     command = ["--target", "onnx", "--student", str(subjects("siglip", "llama").directory)]
@@ -227,8 +285,6 @@ def test_auto_precision_raises_the_part_that_fails(
 
 def test_weights_above_two_gigabytes_are_written_and_read(subjects: Callable[..., Any], tmp_path: Path) -> None:
     """A protobuf ends at 2 GB; external data does not. The values are zeros, so memory stays small."""
-    import shutil
-
     from torch import Tensor, nn, uint8
 
     from export.declare import BATCH, NEW, GraphSpec, Port
