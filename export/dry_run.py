@@ -6,7 +6,6 @@ The layers of a deep model are alike, so two shallow copies are traced and the r
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def _summed(checkpoint: Checkpoint, run: ExportOptions, found: dict[str, Any], s
     sizes["chat_template.jinja"] = len(checkpoint.tokenizer.spec.template.encode())
     sizes |= TEXTS
     total = sum(sizes.values())
-    check_disk(run.out, total, shutil.disk_usage(Path(found["artefact"]).resolve().anchor).free)
+    check_disk(run.out, total, found["free_bytes"])
     return {**found, "bytes": total, "files": [{"path": path, "bytes": size} for path, size in sizes.items()]}
 
 

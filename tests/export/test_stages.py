@@ -232,6 +232,22 @@ def test_too_small_a_disk_is_refused_before_any_work(
         main([*command, "--out", str(tmp_path / "out")])
 
 
+def test_dry_run_asks_the_disk_that_is_written_to(
+    subjects: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full system disk says nothing about a folder that is mounted elsewhere."""
+    usage, asked = shutil.disk_usage(tmp_path), []
+
+    def of(path: Any) -> Any:
+        asked.append(Path(path))
+        return usage if Path(path) == tmp_path else usage._replace(free=1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", of)
+    command = ["--target", "gguf", "--precision", "f16", "--student", str(subjects("siglip", "llama").directory)]
+    assert main([*command, "--out", str(tmp_path / "o"), "--dry-run"]) == 0
+    assert set(asked) == {tmp_path}
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
 def test_dry_run_prints_the_files_and_sizes_of_the_real_run(
     exported: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
