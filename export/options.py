@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from export import gguf_precision
 from export.precision import ALGORITHMS, FLAVOURS, KINDS, PARTS, Algorithm, Flavour, parse_precision
-from export.trt_precision import PRESETS, parse_trt_precision
+from export.trt_precision import PRESETS, TRT_KINDS, TRT_PARTS, parse_trt_precision
 from vlm.errors import UserError
 
 Target = Literal["onnx", "gguf", "tensorrt"]
@@ -24,6 +24,7 @@ PAIR = 2
 ONLY_FOR: dict[str, tuple[Target, ...]] = {
     "flavour": ("onnx",),
     "awq": ("onnx", "tensorrt"),
+    "algorithm": ("onnx", "tensorrt"),
     "calibration": ("onnx", "tensorrt", "gguf"),
     "auto_precision": ("onnx",),
     "ablation": ("onnx",),
@@ -48,7 +49,7 @@ class ExportOptions:
         flavour: onnx operators, `ort` or `portable`; None takes what suits the precision.
         algorithm: how 4-bit scales are chosen.
         awq: fold activation-aware scales into the weights before rounding.
-        calibration: folder of images; None takes the training images of the student's own task.
+        calibration: folder of images; None takes the questions of `data` that are not evaluated, else digits.
         auto_precision: raise the worst part until the gates hold.
         data, images: file of the student's own questions, and the folder its images are in; None takes the digits.
         ablation: measure what each part's precision costs; None does so for students below ABLATION_PARAMETERS.
@@ -95,13 +96,15 @@ class ExportOptions:
         if self.flavour not in (None, *FLAVOURS) or self.algorithm not in ALGORITHMS:
             raise UserError(f"flavour {self.flavour!r} or algorithm {self.algorithm!r} is unknown; see --help")
         for name, targets in ONLY_FOR.items():
-            if self.target not in targets and getattr(self, name):
+            if self.target not in targets and getattr(self, name) not in (None, False, "default"):
                 raise UserError(
                     f"--{name.replace('_', '-')} is for --target {' or '.join(targets)}, not {self.target}; leave it out"
                 )
         if self.imatrix is not None and (self.no_imatrix or self.calibration is not None):
             raise UserError("--imatrix names a finished importance matrix; leave out --no-imatrix and --calibration")
-        if self.target == "onnx" and (self.awq or self.algorithm == "search"):
+        if self.imatrix is not None and not self.imatrix.is_file():
+            raise UserError(f"--imatrix {self.imatrix} is not a file; leave it out to gather one")
+        if self.awq or self.algorithm == "search":
             self._check_four_bits()
         if self.images is not None and self.data is None:
             raise UserError(f"--images {self.images} is the folder of --data, which is missing")
@@ -109,11 +112,15 @@ class ExportOptions:
             raise UserError(f"--calibration {self.calibration} is not a folder; name a folder of images")
 
     def _check_four_bits(self) -> None:
-        precision = parse_precision(self.precision)
-        kinds = {part: KINDS[getattr(precision, part)].bits for part in PARTS}
+        if self.target == "tensorrt":
+            trt = parse_trt_precision(self.precision)
+            kinds = {part: TRT_KINDS[getattr(trt, part)].kind.bits for part in TRT_PARTS}
+        else:
+            precision = parse_precision(self.precision)
+            kinds = {part: KINDS[getattr(precision, part)].bits for part in PARTS}
         option = "--awq" if self.awq else "--algorithm search"
         # a table of embeddings is looked up, not multiplied: there is no norm before it to fold into
-        if 4 not in (kinds[part] for part in PARTS if not self.awq or part != "embed"):
+        if 4 not in (bits for part, bits in kinds.items() if not self.awq or part != "embed"):
             raise UserError(f"{option} does nothing at --precision {self.precision}; leave it out or choose int4")
 
 
@@ -134,6 +141,12 @@ def plan_runs(asked: ExportOptions, out: Path | None, precision: str | None) -> 
     if not base.name:
         raise UserError(f"--out {base} is not a folder of its own; name a new one, e.g. artifacts/student")
     offered = PRECISIONS[asked.target]
+    if asked.imatrix is not None:  # not when an ExportOptions is made: that of a bare --target has no precision yet
+        written = offered[:PAIR] if precision is None else (precision,)
+        if not any(gguf_precision.parse_gguf(kind).weighted for kind in written):
+            raise UserError(
+                f"--imatrix does nothing at {' and '.join(written)}; leave it out or choose a --precision below 8 bits"
+            )
     if precision is None and asked.target == "gguf":
         return [
             dataclasses.replace(asked, out=_suffixed(base, f"-{p}" if i else ""), precision=p)

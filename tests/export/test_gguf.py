@@ -181,6 +181,10 @@ def test_given_importance_matrix_gives_the_same_file(exported: Callable[..., Any
         (["--precision", "q4_k_m", "--awq"], "for --target onnx"),
         (["--precision", "q4_k_m,embed=q8_0,head=q6_k"], "one tensor for both"),
         (["--precision", "q4_k_m", "--imatrix", "x", "--no-imatrix"], "leave out"),
+        (["--precision", "q4_k_m", "--imatrix", "/nope.gguf"], "/nope.gguf is not a file"),
+        (["--precision", "q8_0", "--imatrix", __file__], "does nothing at q8_0"),
+        (["--imatrix", __file__], "does nothing at f16 and q8_0"),
+        (["--precision", "q4_k_m", "--algorithm", "search"], "--algorithm is for --target onnx or tensorrt"),
     ],
 )
 def test_wrong_options_are_one_line(

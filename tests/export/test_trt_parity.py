@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from export import to_tensorrt
+from export.cli import main
+from export.options import ExportOptions
 from export.parity import GATES, trt_gate
+from vlm.errors import UserError
 
 SMALL = {"layers": 1, "vision_layers": 1}
 
@@ -94,6 +97,19 @@ def test_small_matrices_fall_back_and_say_so(students: Callable[..., Any]) -> No
     # q, k, v, o, gate, up and the head have 96 columns; down has 512
     assert sum(decoder.fallbacks.values()) == 7
     assert all("96 columns" in reason for reason in decoder.fallbacks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "fp16", "--awq"], "--awq does nothing at --precision fp16"),
+        (["--precision", "int8", "--algorithm", "search"], "--algorithm search does nothing at --precision int8"),
+    ],
+)
+def test_an_option_without_effect_is_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(["--target", "tensorrt", "--student", str(tmp_path), "--out", str(tmp_path / "o"), *options])
+    ExportOptions("tensorrt", tmp_path, tmp_path / "o", "fp16,vision=int4", awq=True, algorithm="search")
 
 
 class Watched:
