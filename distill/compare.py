@@ -27,6 +27,7 @@ from distill import presets
 from distill.cli import parse_train
 from distill.cli_help import WHICH
 from distill.config import OBJECTIVES, TrainConfig
+from distill.stages import starting_from
 from vlm.console import Parser, Progress, natural, note, print_json, table
 from vlm.errors import ToolError, UserError
 from vlm.files import write_atomic
@@ -280,7 +281,7 @@ def _step_times(plan: Plan, lrs: dict[str, float], rounds: int = 15) -> dict[str
         for name in plan.objectives
     }
     trained = {
-        name: dataclasses.replace(config, student=str(_sweep_config(plan, name, lrs[name]).out / "student"))
+        name: starting_from(config, _sweep_config(plan, name, lrs[name]).out / "student")
         for name, config in fresh.items()
     }
     at_start, at_end = measure(fresh, rounds), measure(trained, rounds)

@@ -160,6 +160,25 @@ def test_a_failed_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         compare.main([*arguments(tmp_path / "c"), "--objectives", "sft"])
 
 
+def test_a_students_parts_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained student, whose step time counts as well, is made of no parts any more."""
+    measured: list[dict[str, TrainConfig]] = []
+
+    def measure(configs: dict[str, TrainConfig], _: int) -> dict[str, float]:
+        measured.append(configs)
+        return dict.fromkeys(configs, 1.0)
+
+    monkeypatch.setattr("distill.steptime.measure", measure)
+    parts, fewer = "sft:llm=l;vision_tower=v", "sft:student_layers=1"
+    plan = compare.parse([*arguments(tmp_path / "c"), "--objectives", f"{parts},{fewer}"])
+    compare._step_times(plan, dict.fromkeys(plan.objectives, 1e-3))
+    fresh, trained = measured
+    assert (fresh[parts].llm, fresh[fewer].student_layers) == ("l", 1)
+    for name, config in trained.items():
+        assert (config.llm, config.vision_tower, config.student_layers) == (None, None, 0)
+        assert str(config.student).endswith(f"{compare._folder(name)}-100steps-lr0.001/student")
+
+
 @pytest.mark.parametrize("bad", [["--objectives", "magic"], ["--lrs", "fast"], ["--seeds", "0"], ["--jobs", "0"]])
 def test_wrong_options(bad: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError):
