@@ -32,15 +32,20 @@ PROCESSOR_FILES = (
 )
 
 
+def is_local(name: str) -> bool:
+    """Whether a name is a local path, mistyped or not; a hub id has one slash and no folder before it that exists."""
+    path = Path(name)
+    return path.exists() or path.parent.exists() or name.count("/") != 1 or name.startswith((".", "~"))
+
+
 def local(name: str) -> Path:
     """A local directory, or the snapshot of a hub id (the only case that may use the network).
 
     Raises:
         CheckpointError: neither.
     """
-    path = Path(name)
-    if path.exists() or path.parent.exists() or name.count("/") != 1 or name.startswith((".", "~")):
-        return path  # a local path, mistyped or not
+    if is_local(name):
+        return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def start(request: Request, out: Path) -> TrainResult:
     if (out / PLAN).exists() or (out / CONFIG).exists():
         raise UserError(f"{out} already holds a run; add --resume to go on or choose another --out")
     stages = placed(request.stages, out)
-    _refuse_missing_files(stages)
+    _refuse_what_cannot_train(stages)
     plan = {
         "schema": "distill-stages/1",
         "recipe": request.recipe,
@@ -115,13 +115,39 @@ def run(stages: Sequence[Stage], out: Path) -> TrainResult:
     return dataclasses.replace(results[-1], student=student, seconds=round(sum(r.seconds for r in results), 1))
 
 
-def _refuse_missing_files(stages: Sequence[Stage]) -> None:
+def _refuse_what_cannot_train(stages: Sequence[Stage]) -> None:
     """A mistyped path of the last stage should not come to light after the first has cost days."""
     for stage in stages:
-        for name in ("data", "images"):
-            value = getattr(stage.config, name)
-            if isinstance(value, Path) and not value.exists() and _is_local(value):
-                raise UserError(f"stage {stage.name}: no {name} at {value}; check --{name}")
+        for name, path in _files(stage.config):
+            if not path.exists():
+                raise UserError(f"stage {stage.name}: no {name} at {path}; check --{name}")
+    for stage in stages:
+        config = stage.config
+        if config.data is None and config.preset == "none":
+            raise UserError(f"stage {stage.name}: no data to train on; pass --data F --images D or --preset digits")
+        if config.needs_teacher and (config.teacher, config.teacher_cache, config.preset) == (None, None, "none"):
+            raise UserError(
+                f"stage {stage.name}: objective {config.objective!r} needs a teacher; pass --teacher DIR or "
+                f"--stages.{stage.name}.objective sft"
+            )
+
+
+def _files(config: TrainConfig) -> Iterator[tuple[str, Path]]:
+    """(option, file or folder) of everything a stage opens that can be no hub id or pattern and no stage makes."""
+    from distill.cache_store import INFO
+    from distill.models import is_local
+    from distill.optimizers import FILE
+
+    for name in ("data", "images", "eval_data"):
+        value = getattr(config, name)
+        if isinstance(value, Path) and _is_local(value):
+            yield name, value
+    if config.teacher is not None and is_local(config.teacher):
+        yield "teacher", Path(config.teacher)
+    if config.needs_teacher and config.teacher_cache is not None:
+        yield "teacher_cache", config.teacher_cache / INFO
+    if config.optim_state is not None:
+        yield "optim_state", config.optim_state / FILE
 
 
 def _is_local(path: Path) -> bool:

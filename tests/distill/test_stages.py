@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from distill import cli, stages
-from distill.cli import parse, parse_train
+from distill.cli import Request, Stage, parse, parse_train
 from distill.config import TrainConfig
 from tests.tiny import make_student
 from vlm.errors import UserError
@@ -208,11 +208,29 @@ def test_wrong_options_beside_a_recipe(recipe: Path, words: list[str], seen: str
         parse(["--config", str(recipe), *words])
 
 
-def test_a_missing_file_of_a_later_stage_is_found_before_the_first_starts(recipe: Path, tmp_path: Path) -> None:
-    request = parse(["--config", str(recipe), "--stages.distill.data", "none.json", "--preset", "none"])
-    with pytest.raises(UserError, match=r"stage distill.*none\.json"):
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["data", "none.json", "--preset", "none"], r"no data at none\.json; check --data"),
+        (["eval_data", "none.json", "--stages.distill.data", "."], r"no eval_data at none\.json"),
+        (["teacher", "./typo"], "no teacher at typo"),
+        (["teacher_cache", "typo"], r"no teacher_cache at typo/cache\.json"),
+        (["optim_state", "typo"], r"no optim_state at typo/optimizer\.pt"),
+        (["preset", "none"], "no data to train on"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_found_before_the_first_starts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], seen: str
+) -> None:
+    monkeypatch.setattr("distill.train.train", lambda _: pytest.fail("a stage was started"))
+    name, value, *more = words
+    request = parse(["--config", str(recipe), f"--stages.distill.{name}", value, *more])
+    with pytest.raises(UserError, match=rf"stage distill: .*{seen}"):
         stages.start(request, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    untaught = Stage("sft", TrainConfig(data=recipe, objective="sft")), Stage("late", TrainConfig(data=recipe))
+    with pytest.raises(UserError, match="stage late: objective 'align-ti' needs a teacher"):
+        stages.start(Request(untaught, True, "r.yaml", {}), tmp_path / "run")
 
 
 def test_a_refused_first_stage_leaves_nothing_behind(recipe: Path, tmp_path: Path) -> None:
