@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -56,3 +57,25 @@ def test_sampled_positions_are_unbiased(qwen2_pair: Pair) -> None:
         assert values.std() > 0
         error = 4 * float(values.std()) / len(values) ** 0.5
         assert abs(float(values.mean()) - float(exact[name])) < error, name
+
+
+@pytest.mark.parametrize("term", ["iva", "tpa"])
+def test_gradients_at_sampled_positions_are_unbiased(qwen2_pair: Pair, term: str) -> None:
+    """The same for the gradient, with the candidates taken as given: its slopes along random directions."""
+    batch, parameters = qwen2_pair.batch(), list(qwen2_pair.student.parameters())
+    random = torch.Generator().manual_seed(7)
+    directions = [[torch.randn(p.shape, generator=random) for p in parameters] for _ in range(3)]
+
+    def slopes(align: Align, seed: int) -> Tensor:
+        objective = Objective((term,), LossWeights(), align, LiveTeacher(qwen2_pair.teacher, align, 1), 10**6)
+        loss, _ = objective(qwen2_pair.student, batch, Normaliser.of(batch), [seed * 10 + row for row in range(5)])
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        products = [[(g * d).sum() for g, d in zip(found, to, strict=True)] for to in directions]
+        return torch.stack([torch.stack(one).sum() for one in products])
+
+    exact = slopes(Align(sampling="top-k", tpa_share=1.0, iva_rows=0), 0)
+    drawn = torch.stack([slopes(Align(sampling="top-k", tpa_share=0.4, iva_rows=4), seed) for seed in range(30)])
+    error = 4 * drawn.std(dim=0) / len(drawn) ** 0.5
+    assert (error > 0).all()
+    assert (error < exact.abs()).any(), "a gradient that is halved or missing would be seen"
+    assert ((drawn.mean(dim=0) - exact).abs() < error).all()
