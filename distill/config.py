@@ -170,7 +170,7 @@ class TrainConfig:
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate (cosine decay to zero).
         projector_lr: peak learning rate of the projector; 0 means the same as lr.
-        warmup: share of the steps spent warming up.
+        warmup: share of the steps spent warming up; with less than half a step of it the first step has the peak rate.
         weight_decay: decoupled decay of matrices.
         max_grad_norm: gradient clipping; 0 clips nothing.
         optim: adamw, or fira: state of low rank, updates of full rank.
@@ -372,7 +372,7 @@ class TrainConfig:
 
     @property
     def warmup_steps(self) -> int:
-        return max(1, round(self.warmup * self.steps))
+        return round(self.warmup * self.steps)
 
     @property
     def terms(self) -> tuple[str, ...]:

@@ -138,15 +138,16 @@ def test_a_checkpoint_is_a_student_to_start_from(config: TrainConfig, tmp_path: 
     model, info = AutoModelForImageTextToText.from_pretrained(kept, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    anew = dataclasses.replace(config, student=str(kept), out=tmp_path / "anew", steps=1, lr=1e-9)
+    anew = dataclasses.replace(config, student=str(kept), out=tmp_path / "anew", steps=1, lr=1e-5)
     result = train(anew)
     again = AutoModelForImageTextToText.from_pretrained(result.student)
-    torch.testing.assert_close(again.lm_head.weight, model.lm_head.weight, atol=1e-6, rtol=0)
+    assert not torch.equal(again.lm_head.weight, model.lm_head.weight), "a run of one step trains"
+    torch.testing.assert_close(again.lm_head.weight, model.lm_head.weight, atol=2e-5, rtol=0)
 
 
 def test_the_best_student_is_kept_and_used_when_asked(config: TrainConfig, tmp_path: Path) -> None:
     run = dataclasses.replace(
-        config, out=tmp_path / "run", steps=6, eval_every=2, lr=0.3, keep_best="loss", final="best"
+        config, out=tmp_path / "run", steps=6, warmup=0.2, eval_every=2, lr=0.3, keep_best="loss", final="best"
     )
     train(run)
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
