@@ -172,16 +172,36 @@ def _departures(fira: FiraOptions) -> str:
     return "".join(f", {text}" for text in found)
 
 
-def refuse_without_state(checkpoint: Path) -> None:
-    """Raises UserError where a folder holds no optimiser state, before anything is written."""
-    if not (checkpoint / FILE).is_file():
-        raise UserError(
-            f"no optimiser state in {checkpoint} ({FILE} is missing); name a checkpoint folder, such as "
-            "runs/NAME/checkpoints/checkpoint-500"
-        )
+def refuse_without_state(folder: Path) -> None:
+    """Raises UserError where a folder holds no optimiser state to take over, before anything is written."""
+    _saved(folder, mmap=True)
 
 
-def take_over(optimizer: torch.optim.Optimizer, checkpoint: Path) -> tuple[int, int]:
+def _saved(folder: Path, mmap: bool) -> dict[str, Any]:
+    """What a checkpoint holds of its optimiser.
+
+    Args:
+        mmap: leave the tensors on the disk: only to see that they are there.
+    """
+    path = folder / FILE
+    other = "name a checkpoint folder, such as runs/NAME/checkpoints/checkpoint-500, or drop --optim_state"
+    if not path.is_file():
+        raise UserError(f"no optimiser state in {folder} ({FILE} is missing); {other}")
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+    except Exception as error:  # of a file that is no such thing nearly everything is raised
+        reason = next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0]
+        raise UserError(f"{path} is damaged ({reason}); {other}") from None
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    whole = isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
+    if not whole or not isinstance(saved.get("state"), dict):
+        raise UserError(f"{path} holds no state of an optimiser; {other}")
+    if not all("param_names" in group for group in saved["param_groups"]):
+        raise UserError(f"{path} holds no parameter names (it was written by an older version); drop --optim_state")
+    return dict(saved)
+
+
+def take_over(optimizer: torch.optim.Optimizer, folder: Path) -> tuple[int, int]:
     """Go on with the state a checkpoint's optimiser had, whichever it was.
 
     State is found by parameter name and taken where it has the form this optimiser keeps (vectors and embeddings have
@@ -193,19 +213,9 @@ def take_over(optimizer: torch.optim.Optimizer, checkpoint: Path) -> tuple[int, 
     Raises:
         UserError: no optimiser state there, or one without names.
     """
-    refuse_without_state(checkpoint)
-    path = checkpoint / FILE
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"no optimiser state in {checkpoint} ({str(error).splitlines()[0]}); name a checkpoint folder, such as "
-            "runs/NAME/checkpoints/checkpoint-500"
-        ) from None
+    saved = _saved(folder, mmap=False)
     states: dict[str, dict[str, Any]] = {}
     for group in saved["param_groups"]:
-        if "param_names" not in group:
-            raise UserError(f"{path} holds no parameter names (it was written by an older version); drop --optim_state")
         states |= {
             name: saved["state"].get(number, {})
             for name, number in zip(group["param_names"], group["params"], strict=True)

@@ -128,6 +128,35 @@ def test_resuming_with_another_number_of_processes_is_refused(config: TrainConfi
         train(dataclasses.replace(other, resume=True))
 
 
+@pytest.mark.parametrize(
+    ("value", "seen"),
+    [
+        (b"", "is damaged"),
+        (b"no such file", "is damaged"),
+        ({"param_groups": [], "cut": True}, "is damaged"),
+        ([1], "holds no state of an optimiser"),
+        ({"weight": torch.ones(2)}, "holds no state of an optimiser"),
+        ({"state": {}, "param_groups": [1]}, "holds no state of an optimiser"),
+        ({"state": {}, "param_groups": [{"params": [0]}]}, "no parameter names"),
+    ],
+)
+def test_a_damaged_optimiser_state_is_refused_before_anything_is_written(
+    config: TrainConfig, tmp_path: Path, value: Any, seen: str
+) -> None:
+    path = tmp_path / "optimizer.pt"
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        torch.save(value, path)
+        if "cut" in value:
+            path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=seen) as caught:
+        train(dataclasses.replace(config, objective="sft", out=tmp_path / "run", optim_state=tmp_path))
+    assert "\n" not in caught.value.message
+    assert "drop --optim_state" in caught.value.message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_is_a_student_to_start_from(config: TrainConfig, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
