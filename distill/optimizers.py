@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill import processes
+from distill import checkpoint, processes
 from distill.config import TrainConfig
 from distill.fira import Fira
 from distill.groups import Group, parameter_groups, part_of
@@ -170,6 +170,11 @@ def _departures(fira: FiraOptions) -> str:
     if fira.svd != "exact":
         found.append("randomised decomposition")
     return "".join(f", {text}" for text in found)
+
+
+def state_to_start_from(config: TrainConfig) -> Path | None:
+    """The checkpoint whose optimiser state is taken over; None once the run has a whole one of its own to go on from."""
+    return None if config.resume and checkpoint.complete(config.out) else config.optim_state
 
 
 def refuse_without_state(folder: Path) -> None:

@@ -125,8 +125,8 @@ def load_run(config: TrainConfig) -> Run:
     if any(held_out is not None and held_out[0].steps is not None for held_out in (data.validation, data.test)):
         # these are scored by decoding, which would stop the run at its first evaluation
         generate.refuse(student)
-    if config.optim_state is not None:
-        optimizers.refuse_without_state(config.optim_state)
+    if (start := optimizers.state_to_start_from(config)) is not None:
+        optimizers.refuse_without_state(start)
     if len(data.train) < config.batch_size:
         raise UserError(
             f"{len(data.train)} training samples do not fill one batch of {config.batch_size}; lower batch_size"

@@ -18,7 +18,7 @@ from distill.config import TrainConfig
 from distill.data import Collator, Examples, to_batch, train_sampler
 from distill.distiller import Distiller, is_sharded
 from distill.objective import Normaliser, Objective, bounded
-from distill.optimizers import build_optimizer, take_over
+from distill.optimizers import build_optimizer, state_to_start_from, take_over
 from distill.reporter import Reporter, loggers
 from vlm.errors import GateFailed
 
@@ -85,11 +85,9 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self._own is None:
             self.optimizer = self._own = build_optimizer(self.config, self.student, self.objective.extra_parameters())
-            if self.config.optim_state is not None:
-                taken, total = take_over(self._own, self.config.optim_state)
-                processes.say(
-                    f"optimiser state of {taken} of {total} tensors taken over from {self.config.optim_state}"
-                )
+            if (start := state_to_start_from(self.config)) is not None:
+                taken, total = take_over(self._own, start)
+                processes.say(f"optimiser state of {taken} of {total} tensors taken over from {start}")
         return self._own
 
     def go(self, found: Path | None) -> None:

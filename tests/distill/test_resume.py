@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,22 @@ def test_resuming_with_another_number_of_processes_is_refused(config: TrainConfi
     (other.out / "config.json").write_text((run.out / "config.json").read_text())
     with pytest.raises(UserError, match="2 processes"):
         train(dataclasses.replace(other, resume=True))
+
+
+def test_a_run_goes_on_without_the_folder_its_optimiser_state_came_from(config: TrainConfig, tmp_path: Path) -> None:
+    first = dataclasses.replace(config, objective="sft", out=tmp_path / "first", steps=4)
+    killing.stop_after(first, 2)
+    whole = dataclasses.replace(first, out=tmp_path / "whole", optim_state=checkpoint.complete(first.out)[0])
+    train(whole)
+    cut, early = (dataclasses.replace(whole, out=tmp_path / name) for name in ("cut", "early"))
+    killing.stop_after(cut, 3)
+    shutil.copytree(cut.out, early.out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.rmtree(first.out)
+    train(dataclasses.replace(cut, resume=True))
+    assert not killing.differences(whole.out, cut.out)
+    # nothing of its own to go on from: it would silently become another run
+    with pytest.raises(UserError, match="no optimiser state"):
+        train(dataclasses.replace(early, resume=True))
 
 
 @pytest.mark.parametrize(
