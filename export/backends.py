@@ -49,18 +49,21 @@ def gate_of(manifest: Manifest) -> Gate:
     return gate
 
 
-def open_backend(root: Path, manifest: Manifest, instead: Mapping[str, Path] | None = None) -> Backend:
+def open_backend(
+    root: Path, manifest: Manifest, instead: Mapping[str, Path] | None = None, longest: int = 0
+) -> Backend:
     """The runner of the artefact's format, on one CPU thread.
 
     Args:
         instead: role -> file of an ONNX artefact to take in place of its own.
+        longest: tokens of a prompt with its answer that there has to be room for.
 
     Raises:
         ArtifactError: a file does not load, or does not belong to its partner.
         MissingPiece: the runtime library is not installed.
     """
     image, image_id = image_spec(manifest), int(manifest.chat["image_token_id"])
-    context = min(int(manifest.model["context_length"]), max(1024, image.tokens + PROMPT_ROOM))
+    context = min(int(manifest.model["context_length"]), max(1024, image.tokens + PROMPT_ROOM, longest))
     if manifest.format == "onnx":
         from export.ort import OnnxBackend
 

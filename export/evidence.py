@@ -65,6 +65,12 @@ class Evidence:
     limit: int
     task: str
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        asked = (len(prompt.ids) + self.limit for prompt in self.prompts)
+        return max((*asked, *(len(case.prompt.ids) + STEPS for case in self.cases)))
+
 
 def collect(
     student: Student, samples: int, seed: int, limit: int = LIMIT, questions: Sequence[Question] = (), task: str = ""
@@ -76,16 +82,18 @@ def collect(
 
     Raises:
         MissingPiece: scikit-learn is missing (evaluation images come from it).
+        UserError: a question is longer than what the student reads.
     """
     tokenizer = student.checkpoint.tokenizer
     stop = tokenizer.spec.eos_token_ids
-    backend = TorchBackend(student)
-    shown = _golden_cases(backend, golden_prompts(tokenizer))
-    noise, noise_expected, positions = _noise_case(student, backend, seed)
     drawn = questions or digit_questions("test", samples, seed)
     prompts = tuple(make_prompt(tokenizer, q.image(), q.text) for q in drawn)
     if questions:
         limit = max(limit, min(1 + max(len(_ids(tokenizer, a)) for q in drawn for a in q.answers), LONGEST))
+        _check_lengths(prompts, limit, student.facts.context_length)
+    backend = TorchBackend(student)
+    shown = _golden_cases(backend, golden_prompts(tokenizer))
+    noise, noise_expected, positions = _noise_case(student, backend, seed)
     return Evidence(
         golden=tuple(
             Golden(f"golden/{i}.png", c.prompt.question, _until(c.forced, stop)) for i, (c, _) in enumerate(shown)
@@ -100,6 +108,16 @@ def collect(
         limit=limit,
         task=task if questions else task_of(student.checkpoint.provenance),
     )
+
+
+def _check_lengths(prompts: Sequence[Prompt], limit: int, context: int) -> None:
+    for prompt in prompts:
+        if len(prompt.ids) + limit > context:
+            start = f"{prompt.question[:40]!r}{'...' if len(prompt.question) > 40 else ''}"
+            raise UserError(
+                f"question {start} takes {len(prompt.ids)} tokens and its answer up to {limit}, this student reads "
+                f"{context}; shorten it or take it out of --data"
+            )
 
 
 def _ids(tokenizer: ChatTokenizer, text: str) -> list[int]:

@@ -35,7 +35,7 @@ Cases = dict[str, dict[str, float]]
 def measure(checkpoint: Checkpoint, evidence: Evidence, root: Path, manifest: Manifest) -> Manifest:
     """Fill parity, accuracy and `verified` by running the files under `root`."""
     gate = gate_of(manifest)
-    backend = open_backend(root, manifest)
+    backend = open_backend(root, manifest, longest=evidence.longest)
     try:
         cases = replay_cases(backend, evidence)
         extra, found = _extra_checks(checkpoint, evidence, backend, cases, gate)

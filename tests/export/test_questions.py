@@ -14,7 +14,9 @@ import pytest
 from export import imatrix, to_gguf
 from export.artefact import Making, build
 from export.cli import main
+from export.evidence import collect
 from export.gguf_precision import parse_gguf
+from export.measure import measure
 from export.options import ExportOptions
 from export.questions import Question, divide, read_questions
 from export.stages import Stages
@@ -141,6 +143,31 @@ def test_every_target_calibrates_on_the_students_own_questions(
     assert f"{said} real images" in capsys.readouterr().err
     assert calibrated_on([], "foreign") == foreign
     assert f"{said} digits, which this student does not know" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("target", "precision", "decoder"), [("tensorrt", "fp16", "llama"), ("gguf", "f16", "qwen3")])
+def test_a_long_question_is_measured(
+    exported: Callable[..., Any], tmp_path: Path, target: str, precision: str, decoder: str
+) -> None:
+    """Longer than the room a backend has for the questions of the digits."""
+    made = exported(target, precision, "siglip", decoder)
+    # a tiny student reads no more than that room: one that reads further, of the same weights
+    facts = dataclasses.replace(made.subject.student.facts, context_length=4096)
+    student = dataclasses.replace(made.subject.student, facts=facts)
+    manifest = dataclasses.replace(made.manifest, model={**made.manifest.model, "context_length": 4096})
+    long = Question(digits.sample("test", 0).image, " ".join(digits.PLACES * 180), ("a",))
+    evidence = collect(student, 0, 0, limit=2, questions=[long], task="mine")
+    assert 1024 < evidence.longest <= 4096
+    assert measure(student.checkpoint, evidence, made.root, manifest).accuracy["n"] == 1
+
+
+def test_a_question_beyond_the_context_is_named_before_the_work(subjects: Callable[..., Any]) -> None:
+    student = subjects("siglip", "llama").student
+    image = digits.sample("test", 0).image
+    asked = [Question(image, "short ?", ("a",)), Question(image, "the row\n" + "row " * 1100, ("a",))]
+    with pytest.raises(UserError, match=r"question 'the row.*\.\.\. takes \d+ tokens .* reads 1024") as caught:
+        collect(student, 0, 0, questions=asked, task="mine")
+    assert "\n" not in str(caught.value)
 
 
 def test_other_questions_make_another_importance_matrix(
