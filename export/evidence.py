@@ -25,7 +25,7 @@ from vlm.console import track
 from vlm.errors import UserError
 from vlm.load import Checkpoint
 from vlm.manifest import Golden
-from vlm.preprocess import ImageSpec, open_image, pixels
+from vlm.preprocess import ImageSpec, pixels, resize
 from vlm.score import bootstrap_interval, exact_match
 
 LIMIT = 24
@@ -33,6 +33,7 @@ LONGEST = 64
 GOLDEN_SEED = 7
 GOLDEN = 4
 POSITIONS = 32
+PIXEL_IMAGES = 8  # of the questions, on which preprocessing is compared
 TABLE_ROWS = 4096
 CALIBRATION_SEED = 11
 CALIBRATION_TOKENS = 4096
@@ -87,7 +88,7 @@ def collect(
     tokenizer = student.checkpoint.tokenizer
     stop = tokenizer.spec.eos_token_ids
     drawn = questions or digit_questions("test", samples, seed)
-    prompts = tuple(make_prompt(tokenizer, q.image(), q.text) for q in drawn)
+    prompts = tuple(prompts_of(student.checkpoint, drawn, whole=PIXEL_IMAGES))
     if questions:
         limit = max(limit, min(1 + max(len(_ids(tokenizer, a)) for q in drawn for a in q.answers), LONGEST))
         _check_lengths(prompts, limit, student.facts.context_length)
@@ -108,6 +109,21 @@ def collect(
         limit=limit,
         task=task if questions else task_of(student.checkpoint.provenance),
     )
+
+
+def prompts_of(checkpoint: Checkpoint, questions: Sequence[Question], whole: int = 0) -> list[Prompt]:
+    """Prompts that hold a larger image as the tower gets it: resizing it again changes nothing, photos take gigabytes.
+
+    Args:
+        whole: how many of the first keep their image as it is.
+    """
+    spec, made = checkpoint.image, []
+    for index, question in enumerate(questions):
+        image = question.image()
+        if index >= whole and image.width * image.height > spec.size**2:
+            image = resize(image, spec)
+        made.append(make_prompt(checkpoint.tokenizer, image, question.text))
+    return made
 
 
 def _check_lengths(prompts: Sequence[Prompt], limit: int, context: int) -> None:
@@ -195,7 +211,7 @@ def pixel_parity(checkpoint: Checkpoint, evidence: Evidence, spec: ImageSpec) ->
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(checkpoint.directory, local_files_only=True, backend="pil")
-    images = [case.prompt.image for case in evidence.cases] + [p.image for p in evidence.prompts[:8]]
+    images = [case.prompt.image for case in evidence.cases] + [p.image for p in evidence.prompts[:PIXEL_IMAGES]]
     worst = 0.0
     for image in images:
         theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0], np.float32)
@@ -311,10 +327,10 @@ def calibration_prompts(
     if folder is None:
         drawn = list(questions)[:count] or digit_questions("train", count, CALIBRATION_SEED)
         answers = [tuple(_ids(tokenizer, q.answers[0])) for q in drawn]
-        return [make_prompt(tokenizer, q.image(), q.text) for q in drawn], answers
+        return prompts_of(student.checkpoint, drawn), answers
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
     if not paths:
         raise UserError(f"--calibration {folder} holds no image (png, jpg, webp, bmp)")
-    prompts = [make_prompt(tokenizer, open_image(path), DESCRIBE) for path in paths[:count]]
+    prompts = prompts_of(student.checkpoint, [Question(path, DESCRIBE, ()) for path in paths[:count]])
     stop = tokenizer.spec.eos_token_ids
     return prompts, greedy_batch(student, prompts, stop, LIMIT)

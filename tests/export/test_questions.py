@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from export import imatrix, to_gguf
 from export.artefact import Making, build
 from export.cli import main
-from export.evidence import collect
+from export.evidence import PIXEL_IMAGES, calibration_prompts, collect
 from export.gguf_precision import parse_gguf
 from export.measure import measure
 from export.options import ExportOptions
@@ -23,6 +24,7 @@ from export.stages import Stages
 from vlm import digits
 from vlm.errors import UserError
 from vlm.manifest import read_manifest
+from vlm.preprocess import pixels
 
 
 @pytest.fixture
@@ -159,6 +161,21 @@ def test_a_long_question_is_measured(
     evidence = collect(student, 0, 0, limit=2, questions=[long], task="mine")
     assert 1024 < evidence.longest <= 4096
     assert measure(student.checkpoint, evidence, made.root, manifest).accuracy["n"] == 1
+
+
+def test_photos_are_held_as_the_tower_gets_them(subjects: Callable[..., Any], tmp_path: Path) -> None:
+    """Two hundred of 12 megapixels would take 7 GB; preprocessing is compared on the first ones, which stay whole."""
+    student = subjects("siglip", "llama").student
+    rng, spec = np.random.default_rng(0), student.checkpoint.image
+    photo, thumbnail = (Image.fromarray(rng.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in ((300, 401), (9, 7)))
+    photo.save(tmp_path / "a.png")
+    asked = [Question(photo, "q", ("a",))] * (PIXEL_IMAGES + 1) + [Question(thumbnail, "q", ("a",))]
+    evidence = collect(student, 0, 0, limit=1, questions=asked, task="mine")
+    sizes = [prompt.image.size for prompt in evidence.prompts]
+    assert sizes == [photo.size] * PIXEL_IMAGES + [(spec.size, spec.size), thumbnail.size]
+    for prompts, _ in (calibration_prompts(student, tmp_path), calibration_prompts(student, None, 1, asked)):
+        assert [prompt.image.size for prompt in prompts] == [(spec.size, spec.size)]
+        np.testing.assert_array_equal(pixels(prompts[0].image, spec), pixels(photo, spec))
 
 
 def test_a_question_beyond_the_context_is_named_before_the_work(subjects: Callable[..., Any]) -> None:

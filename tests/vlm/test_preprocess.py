@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -99,3 +100,14 @@ def test_digest_depends_on_content_and_shape() -> None:
     assert preprocess.image_digest(one) == preprocess.image_digest(one.copy())
     assert preprocess.image_digest(one) != preprocess.image_digest(other)
     assert preprocess.image_digest(Image.new("RGB", (2, 8))) != preprocess.image_digest(Image.new("RGB", (8, 2)))
+
+
+@pytest.mark.parametrize("mode", get_args(preprocess.Resize))
+@pytest.mark.parametrize("resample", range(6))
+def test_resizing_again_changes_nothing(mode: preprocess.Resize, resample: int) -> None:
+    """What the exporter relies on when it holds photos at the size of the tower."""
+    for size, width, height in ((7, 31, 50), (64, 64, 64), (56, 301, 57), (336, 336, 337), (40, 12, 90), (49, 1, 3)):
+        spec = preprocess.ImageSpec(size, mode, resample, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1)
+        image = preprocess.resize(noise(width, height), spec)
+        assert image.size == (size, size)
+        np.testing.assert_array_equal(np.asarray(preprocess.resize(image, spec)), np.asarray(image))
