@@ -122,6 +122,7 @@ def test_a_file_that_is_no_image_is_refused_at_the_door(chromium: Any, visits: l
     _, visit = open_page(visits, chromium, fake=FakeBackend(FakeScript("7")))
     visit.upload("notes.txt", b"not an image at all", "text/plain")
     visit.page.get_by_text("Invalid file type: notes.txt").wait_for()
+    assert visit.page.locator("#picture img").count() == 0
     visit.show_image("digits.png", png)
     visit.ask("Which digit?")
     visit.wait_answered(1)
@@ -135,6 +136,7 @@ def test_a_file_over_the_limit_is_refused_at_the_door(
     big.write_bytes(png + bytes(16 << 20))
     visit.page.locator("#picture input[type=file]").set_input_files(big)
     visit.page.get_by_text("exceed the maximum allowed size").wait_for()
+    assert visit.page.locator("#picture img").count() == 0
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,8 @@ def test_what_a_model_says_is_text_not_markup(chromium: Any, visits: list[Any], 
     visit.ask("<b>Which</b> digit?")
     visit.wait_answered(1)
     visit.wait_said(reply)
+    assert visit.page.locator("#chat img[src=x]").count() == 0
+    assert "<b>Which</b> digit?" in visit.page.locator("#chat").inner_text()
 
 
 def test_a_new_chat_forgets_the_conversation_and_keeps_the_image(chromium: Any, visits: list[Any], png: bytes) -> None:
