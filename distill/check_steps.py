@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill import allocator
 from distill.batch import Batch, Normaliser
 from distill.check_parts import Finding
 from distill.config import TrainConfig
@@ -104,8 +104,8 @@ class Memory:
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        elif self.resettable:
-            _trim()
+        elif self.resettable:  # or the next size would start from the last one's leftovers
+            allocator.give_back()
             _reset_peak()
 
     def peak(self) -> int:
@@ -136,12 +136,6 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     return 0 < _status("VmHWM") <= _status("VmRSS") + (64 << 20)
-
-
-def _trim() -> None:
-    """Give freed memory back, or the next size would start from the last one's leftovers."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def stepper(

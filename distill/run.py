@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distill import cache, evaluate, generate, kpod, models, optimizers, placement, presets, processes
+from distill import allocator, cache, evaluate, generate, kpod, models, optimizers, placement, presets, processes
 from distill.access import width
 from distill.config import Align, TrainConfig
 from distill.data import (
@@ -110,6 +110,8 @@ def load_run(config: TrainConfig) -> Run:
     Raises:
         UserError: one of them is missing, damaged, or they do not fit together.
     """
+    if placement.student_device().type == "cpu":
+        allocator.keep_freed()
     teacher_source = None
     if config.teacher:
         teacher_source = models.open_model(config.teacher)
