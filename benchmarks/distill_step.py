@@ -30,6 +30,7 @@ from distill.teacher import LiveTeacher
 INSTRUCTION_TOKENS, VISUAL_TOKENS = 32, 196
 # freed memory is kept and takes some steps to settle
 MEMORY_STEPS = 4
+WARMUP = 4
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     steps = plan(args)
     clock = time.process_time if args.clock == "process" else time.perf_counter
-    seconds = in_turns(steps, args.rounds, warmup=2, clock=clock)
+    seconds = in_turns(steps, args.rounds, warmup=WARMUP, clock=clock)
     memory: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.memory_rounds):
         for name, step in steps.items():
