@@ -20,7 +20,7 @@ from typing import Any
 from export import to_gguf, to_onnx, to_tensorrt
 from export.calibrate import TOKENS_KEPT, Calibration, fold_scales, observe
 from export.card import write_card
-from export.evidence import Evidence, calibration_images, calibration_prompts, collect, save_golden
+from export.evidence import Evidence, calibration_images, calibration_prompts, collect, note_unread, save_golden
 from export.measure import ablate, costliest, measure
 from export.options import ExportOptions
 from export.precision import KINDS, PARTS, Precision, parse_precision
@@ -157,8 +157,7 @@ class Making:
         """Precision with everything calibration has to say."""
         storage = plan_storage(self.run)
         if not _needs_calibration(self.run, storage.precision):
-            if self.run.calibration is not None:
-                note(f"{self.run.precision} needs no calibration: --calibration {self.run.calibration} is not read")
+            note_unread(self.run.calibration, self.run.precision)
             return storage
         note(f"calibrating on {calibration_images(self.evidence, self.run.calibration, self.questions)}")
         ranges = storage.precision.vision == "int8" or self.run.awq or self.run.algorithm == "search"
@@ -177,6 +176,7 @@ class Making:
         chosen = storage.precision
         half = "float16" in (TRT_KINDS[chosen.vision].activation, chosen.activation)
         if not (half or self.run.awq or self.run.algorithm == "search"):
+            note_unread(self.run.calibration, self.run.precision)
             return storage
         note(f"calibrating on {calibration_images(self.evidence, self.run.calibration, self.questions)}")
         count = 0 if chosen.calibrated or self.run.awq or self.run.algorithm == "search" else PEAK_PROMPTS

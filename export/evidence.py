@@ -21,7 +21,7 @@ from export.replay import F32, Backend, Prompt, forced_logits, greedy, make_prom
 from export.student import Student
 from vlm import digits
 from vlm.chat import ChatTokenizer
-from vlm.console import track
+from vlm.console import note, track
 from vlm.errors import UserError
 from vlm.load import Checkpoint
 from vlm.manifest import Golden
@@ -309,6 +309,12 @@ def calibration_images(evidence: Evidence, folder: Path | None, questions: Seque
     if folder is None and not questions and evidence.task != "digits":
         return "digits, which this student does not know; --calibration or more --data gives it better images"
     return "real images"
+
+
+def note_unread(folder: Path | None, why: str) -> None:
+    """Say that --calibration, where it was given, changes nothing."""
+    if folder is not None:
+        note(f"{why} needs no calibration: --calibration {folder} is not read")
 
 
 def calibration_prompts(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import gguf_foreign, gguf_mmproj, gguf_text, imatrix
-from export.evidence import calibration_images
+from export.evidence import calibration_images, note_unread
 from export.gguf_file import read_tensors, stored_bytes, write
 from export.gguf_precision import GgufPrecision, fell_back, parse_gguf
 from export.gguf_quantise import check_tables, plan, quantise
@@ -158,6 +158,7 @@ def find_importance(
 ) -> Importance | None:
     """The matrix of --imatrix, or one gathered now; kept in the artefact. None where it changes nothing."""
     if run.no_imatrix or not precision.weighted:
+        note_unread(run.calibration, "--no-imatrix" if run.no_imatrix else run.precision)
         return None
     if run.imatrix is not None:
         given = imatrix.load(run.imatrix)

@@ -51,6 +51,16 @@ def test_both_forms_and_both_containers_read_the_same(folder: Path) -> None:
     assert first[3].image().size == (64, 64)
 
 
+@pytest.mark.parametrize(("precision", "plain"), [("f16", False), ("q8_0", False), ("q4_k_m", True)])
+def test_calibration_that_nothing_reads_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], precision: str, plain: bool
+) -> None:
+    run = ExportOptions("gguf", folder, folder / "out", precision, calibration=folder, no_imatrix=plain)
+    found = to_gguf.find_importance(None, None, run, parse_gguf(precision), folder, Stages(None), {})  # type: ignore[arg-type]
+    assert found is None
+    assert f"needs no calibration: --calibration {folder} is not read" in capsys.readouterr().err
+
+
 def test_calibration_never_sees_an_evaluated_question(folder: Path) -> None:
     records = [{"image": f"{i}.png", "question": "q", "answers": [str(i), "x"]} for i in range(8)]
     (folder / "a.json").write_text(json.dumps(records))
