@@ -25,7 +25,7 @@ GROUPS = (
     ("memory and speed", r"bf16|gradient_checkpointing|cache.*|fsdp.*|compile.*|chunk.*|ddp.*"),
     ("measuring and saving", r"eval_.*|save_.*|log_.*|report.*|visual_.*|keep.*|final|early.*"),
 )
-WHICH = """which objective, which option (figures are the papers' own, with their models and data; not measured here):
+WHICH = """which objective, which option (figures are the papers' own, with their models and data):
   sft, kd            baselines; always compare with kd given the same time
   align-ti           a teacher of the same tokenizer runs beside or is cached. Six benchmarks, 1B student: 66.65 (kd
                      65.0, sft 64.3), for 1.43 times the GPU hours of kd (arXiv 2602.09483)
@@ -36,7 +36,8 @@ WHICH = """which objective, which option (figures are the papers' own, with thei
   align-ti+lavit     both, one teacher pass; untested by either paper
   --tokens.weights kpod --schedule kpod
                      data with reasonings. GSM8K, LLaMA-7B: 46.7 (best other 41.6), without weights 42.6, without
-                     schedule 43.3 (arXiv 2405.16064); the paper has text only, with images it is our extension
+                     schedule 43.3 (arXiv 2405.16064); the paper has text only, with images it is our extension.
+                     In a small test of ours (docs/kpod.md) weights gained nothing and the schedule cost steps
   --optim fira       the optimiser's state does not fit. C4, LLaMA-1B: perplexity 14.31 (GaLore 15.64, Adam 15.56) at
                      6.98 against 10.40 GB (arXiv 2410.01623); language modelling only
   --lora.r 16        still less memory, fewer weights train

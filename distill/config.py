@@ -308,6 +308,11 @@ class TrainConfig:
         check_fira(self.optim, self.fira, self.accumulate, self.max_grad_norm, self.fsdp, self.lora.r)
         check_kpod(self.tokens, self.schedule, self.kpod, self.streaming)
         check_lavit(self.has_latents, self.lavit, self.fsdp, self.gradient_checkpointing, self.lora.r)
+        if self.has_latents and not self.watches and self.lavit.gate != "none":
+            raise UserError(
+                f"objective {self.objective} with weights.concept 0 and weights.traj 0 would leave lavit.gate "
+                f"{self.lavit.gate} out; set lavit.gate none too, or one of the two weights above 0"
+            )
         if self.has_latents and "tpa" in self.terms and self.align.layout != "cached":
             raise UserError(f"objective {self.objective}: the gate needs align.layout cached, got {self.align.layout}")
         if (self.llm is None) != (self.vision_tower is None):

@@ -30,6 +30,8 @@ from vlm.console import note
 OVERSAMPLING, POWER_ITERATIONS = 8, 2
 # rows whose squares are added up at a time: they stay in the processor's cache
 ROWS = 128
+# share of a gradient's square below which what is left of it is not a difference of two squares any more
+CANCELLED = 1e-4
 PROJECTOR, AVERAGE, AVERAGE_SQ, NORM = "projector", "low_avg", "low_avg_sq", "residual_norm"
 
 
@@ -198,9 +200,10 @@ class Fira(torch.optim.Optimizer):
         length = column_norms if settings.scaling == "column" else torch.linalg.vector_norm
         low, normed = length(low_rn), length(inside_rn)
         phi = torch.where(low > torch.finfo(low.dtype).tiny, normed / (settings.scale * low), 0.0)
-        if state[PROJECTOR].dtype == gradient_mn.dtype:
-            # P is orthonormal to the precision of the numbers, so |G - a P R| needs no third product
-            left = length(gradient_mn).square() + (share**2 - 2 * share) * low.square()
+        whole = length(gradient_mn).square()
+        # P is orthonormal to the precision of the numbers, so |G - a P R| needs no third product where enough is left
+        left = whole + (share**2 - 2 * share) * low.square()
+        if state[PROJECTOR].dtype == gradient_mn.dtype and bool(left.sum() > CANCELLED * whole.sum()):
             norm = (phi.square() * left.clamp(min=0)).sum().sqrt()
         else:
             norm = torch.linalg.vector_norm(torch.addmm(gradient_mn, projector_mr, low_rn, alpha=-share) * phi)

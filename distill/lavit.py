@@ -97,7 +97,9 @@ class Lavit:
             assert self.head.look is not None
             score_BKT = self.head.look(hidden_BKD.float()) @ gold.hidden_BTD.float().transpose(1, 2)
             look_BKT = score_BKT.masked_fill(~batch.image_BT[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
-        traj_B = trajectory(look_BKT, gaze.mass_BT, valid_BK, self.options.reduction)
+        # what comes before the first image has nothing to look at
+        there_BK = valid_BK & (batch.image_BT.long().cumsum(dim=1).gather(1, index_BK) > 0)
+        traj_B = trajectory(look_BKT, gaze.mass_BT, there_BK, self.options.reduction)
         return {"concept": (concept_B * share_B).sum() + nothing, "traj": (traj_B * share_B).sum() + nothing}
 
 

@@ -231,11 +231,20 @@ def take_over(optimizer: torch.optim.Optimizer, folder: Path) -> tuple[int, int]
             total += 1
             found = states.get(name, {})
             if found and _fits(found, p, int(group.get("rank", 0))):
-                optimizer.state[p] = {
-                    key: value.to(p.device) if isinstance(value, Tensor) else value for key, value in found.items()
-                }
+                optimizer.state[p] = {key: _taken(key, value, p, optimizer) for key, value in found.items()}
                 taken += 1
     return taken, total
+
+
+def _taken(name: str, value: Any, p: Tensor, optimizer: torch.optim.Optimizer) -> Any:
+    """A state value on the parameter's device, low-rank moments in the type they are kept in now."""
+    from distill.fira import AVERAGE, AVERAGE_SQ, Fira
+
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(optimizer, Fira) and name in (AVERAGE, AVERAGE_SQ):
+        return value.to(p.device, getattr(torch, optimizer.settings.moments))
+    return value.to(p.device)
 
 
 def _fits(state: dict[str, Any], p: Tensor, rank: int) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill import access, lora
 from distill.batch import Batch
 from distill.config import Lora
+from distill.families import family
 from distill.methods import KpodOptions
 from distill.ribbon import for_decoder
 from vlm.errors import UserError
@@ -37,6 +38,15 @@ class Places:
         return batch.input_ids_BT.gather(1, self.token_BR)
 
 
+def refuse(model: nn.Module) -> None:
+    """Raises UserError for a class that cannot be the predictor."""
+    if family(model).extended:
+        raise UserError(
+            "kpod's predictor does not serve classes with deep visual features or three position ids; drop --tokens.weights kpod "
+            "(--schedule kpod alone works)"
+        )
+
+
 class Prefixes:
     """The predictor: what an answer costs after masked prefixes of its rationale.
 
@@ -47,8 +57,6 @@ class Prefixes:
     def __init__(self, model: nn.Module, batch: Batch, at: Places, prefixes: int) -> None:
         self.model, self.at, self.prefixes = model, at, prefixes
         taken = access.inputs(model, batch)
-        if taken.deep or taken.position_BT.ndim != 2:
-            raise UserError("kpod's predictor does not serve classes with deep visual features or three position ids")
         self.batch, self.embeds_BTD = batch, taken.embeds_BTD
 
     def __call__(self, shown_XRD: Tensor, keep_XR: Tensor) -> Tensor:

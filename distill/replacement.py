@@ -48,11 +48,12 @@ class Drop:
 
 @dataclass(frozen=True)
 class Report:
-    """What the test found."""
+    """What the test found, on `data`: held-out or training samples."""
 
     n: int
     exact_match: float
     drops: tuple[Drop, ...]
+    data: str = "held-out"
 
     @property
     def load_bearing(self) -> bool:
@@ -65,7 +66,7 @@ class Report:
         verdict = (
             "latents are load-bearing" if self.load_bearing else "latents not load-bearing: answers do not read them"
         )
-        return f"token replacement test (exact match {self.exact_match:.3f} lost when latents are replaced, n = {self.n}): {shown}; {verdict}"
+        return f"token replacement test (exact match {self.exact_match:.3f} lost when latents are replaced, n = {self.n} {self.data} samples): {shown}; {verdict}"
 
 
 @torch.no_grad()

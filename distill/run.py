@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distill import allocator, cache, evaluate, generate, kpod, models, optimizers, placement, presets, processes
+from distill import (
+    allocator,
+    cache,
+    evaluate,
+    generate,
+    kpod,
+    models,
+    optimizers,
+    placement,
+    predictor,
+    presets,
+    processes,
+)
 from distill.access import width
 from distill.config import Align, TrainConfig
 from distill.data import (
@@ -124,6 +136,8 @@ def load_run(config: TrainConfig) -> Run:
     data = _data(config, student_source)
     if kpod.wanted(config):
         kpod.refuse_without_steps(data.train)
+        if config.tokens.weights == "kpod":
+            predictor.refuse(student)
     if any(held_out is not None and held_out[0].steps is not None for held_out in (data.validation, data.test)):
         # these are scored by decoding, which would stop the run at its first evaluation
         generate.refuse(student)

@@ -48,8 +48,8 @@ class Plan:
 
     def stage(self, step: int, steps: int, until: float) -> int:
         """The stage of an optimiser step (from 0): stages of equal length in the first `until` of the run, T after it."""
-        length = max(1, math.ceil(steps * until / max(self.stages, 1)))
-        return min(step // length, self.stages)
+        end = steps * until
+        return self.stages if step >= end else int(step * self.stages / end)
 
 
 def budget(t: float, stages: int, total: float, start: float, growth: float) -> float:

@@ -237,7 +237,8 @@ def _finish(run: Run, trainer: DistillTrainer, collate: Collator) -> TrainResult
     if run.student_source.tokenizer.spec.latent_token_ids:
         asked = test or run.data.train
         found = trainer.on_student(lambda model: replacement.measure(model, asked, config.eval_samples, collate))
-        processes.first(lambda: replacement.report(found, config.out))
+        named = dataclasses.replace(found, data="held-out" if test else "training")
+        processes.first(lambda: replacement.report(named, config.out))
     result = TrainResult(
         config.out / "student",
         config.objective,

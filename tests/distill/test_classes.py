@@ -16,6 +16,7 @@ from distill import models
 from distill.assemble import build_tokenizer
 from distill.config import Align, Lora, TrainConfig
 from distill.families import FAMILIES, patchify
+from distill.methods import Tokens
 from distill.train import train
 from tests.distill.test_models import MROPE, TEXT
 from vlm import chat, digits, preprocess
@@ -181,6 +182,16 @@ def test_reasonings_that_could_not_be_decoded_are_refused_before_training(tmp_pa
     with pytest.raises(UserError, match=r"cannot be decoded from Qwen2_5_VL.*take a LLaVA student"):
         train(config)
     assert not config.out.exists(), "nothing was written"
+
+
+def test_a_class_that_cannot_predict_for_kpod_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    student = make_qwen(tmp_path / "student", 2)
+    record = {"question": "sum ?", "steps": ["1 plus 2 gives 3"], "answer": "3"}
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"id": str(i), **record}) + "\n" for i in range(8)))
+    asked = {"student": str(student), "data": tmp_path / "data.jsonl", "holdout": 0.0, "batch_size": 2, "steps": 1}
+    with pytest.raises(UserError, match="predictor does not serve"):
+        train(TrainConfig(objective="sft", out=tmp_path / "run", tokens=Tokens("kpod"), **asked))
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_without_one_size_are_refused(tmp_path: Path) -> None:

@@ -124,6 +124,19 @@ def test_a_sudden_gradient_is_limited() -> None:
     torch.testing.assert_close((update - left @ (left.T @ update)).norm(), optimizer.state[p][NORM])
 
 
+@pytest.mark.parametrize("left", [1e-3, 1e-5, 0.0])
+def test_the_norm_is_exact_where_hardly_anything_is_left(left: float) -> None:
+    """|G|^2 - |R|^2 cancels in float32; what is stored must be what is applied."""
+    random = torch.Generator().manual_seed(0)
+    narrow, wide, noise = (torch.randn(*size, generator=random) for size in ((64, 8), (8, 128), (64, 128)))
+    p = nn.Parameter(torch.zeros(64, 128))
+    optimizer = Fira([{"params": [p], "rank": 8}], lr=1.0, eps=0.0, settings=FiraOptions(residual="orthogonal"))
+    (update,) = run(p, optimizer, [narrow @ wide + left * noise])
+    projector = optimizer.state[p][PROJECTOR]
+    applied = (update - projector @ (projector.T @ update)).norm()
+    torch.testing.assert_close(optimizer.state[p][NORM], applied, rtol=0.02, atol=2e-5)
+
+
 def test_the_released_residual_differs_only_where_scale_does() -> None:
     given = gradients(5, 9, 3)
     same = [run(*one(5, 9, rank=2, residual=r), given) for r in ("orthogonal", "release")]
@@ -322,6 +335,10 @@ def test_either_optimizer_goes_on_with_the_others_state(student: Path, tmp_path:
     taken, total = take_over(same, tmp_path)
     assert taken == total
     same.step()
+    narrow = build_optimizer(config_with(moments="bfloat16"), model)
+    take_over(narrow, tmp_path)
+    assert isinstance(narrow, Fira)
+    assert narrow.state_bytes() == build_and_step(config_with(moments="bfloat16"), model).state_bytes()
     with pytest.raises(UserError, match="no optimiser state"):
         take_over(same, tmp_path / "nowhere")
 

@@ -21,7 +21,7 @@ from distill.data import Collator, Example, to_batch
 from distill.lavit import Lavit, LavitHead
 from distill.methods import LavitOptions
 from distill.objective import Objective
-from distill.teacher import LiveTeacher
+from distill.teacher import Gaze, LiveTeacher
 from tests.distill import killing
 from tests.distill.conftest import Pair
 from tests.tiny import make_student
@@ -87,6 +87,10 @@ def test_the_images_share_of_attention_is_scaled_by_the_factor() -> None:
         expected = factor * inside / (factor * inside + outside)
         share = (score + held.log_factor * image.double()).softmax(dim=0)[image].sum()
         torch.testing.assert_close(share, expected, rtol=1e-13, atol=1e-16)
+        row = held.bias()[0, 0].double()
+        torch.testing.assert_close(
+            (score + row).softmax(dim=1)[:, image].sum(dim=1), share.expand(9), rtol=1e-6, atol=1e-12
+        )
         # as it is added in a model: of single precision
         share = (score + held.key_bias()[0].double()).softmax(dim=0)[image].sum()
         torch.testing.assert_close(share, expected, rtol=1e-6, atol=1e-12)
@@ -266,6 +270,31 @@ class Looking:
         found_BT = torch.full(self.image_BT.shape, 0.02)
         found_BT[self.image_BT] = self.seen_J
         return found_BT[:, None, None].expand(-1, 2, index_BK.shape[1], -1)
+
+
+def test_latents_before_the_first_image_have_nothing_to_look_at() -> None:
+    places = torch.arange(12)
+    image, late = (places >= 5) & (places < 9), places >= 10
+    seen, mass = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    mass_BT = torch.zeros(1, 12)
+    mass_BT[0, image] = mass / mass.sum()
+
+    class Causal(Looking):
+        def rows(self, layer: int, index_BK: Tensor, mask_BT: Tensor) -> Tensor:
+            before_BKT = (places[None, None] <= index_BK[..., None]).float()
+            return super().rows(layer, index_BK, mask_BT) * before_BKT[:, None]
+
+    def traj(latent: Tensor) -> float:
+        ones, none = torch.ones(1, 12, dtype=torch.long), torch.zeros(1, 12, dtype=torch.bool)
+        batch = Batch(ones, ones, image[None], none, none, None, latent_BT=latent[None])
+        gold = access.GoldPass(torch.zeros(1, 12, 4), access.Inputs(torch.zeros(1, 12, 4), ones), None)
+        made = Lavit(LavitOptions(), LavitHead(4, 3, "attention"), 10)
+        gaze = Gaze(mass_BT, torch.ones(1, 3))
+        found = made.losses(batch, gold, Causal(batch.image_BT, seen), gaze, Normaliser(1, 1))  # type: ignore[arg-type]
+        return float(found["traj"])
+
+    assert traj(late) > 0
+    assert traj(late | (places == 1) | (places == 2)) == pytest.approx(traj(late), rel=1e-6)
 
 
 def test_a_system_prefix_moves_the_image_and_not_the_loss(setup: Setup) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from distill import access, replacement
 from distill.batch import Batch
-from distill.config import Align, TrainConfig
+from distill.config import Align, LossWeights, TrainConfig
 from distill.data import Collator, Example
 from distill.methods import LavitOptions
 from distill.train import train
@@ -177,6 +177,7 @@ def test_a_cached_teacher_gives_the_same_gaze(recipe: TrainConfig, tmp_path: Pat
     [
         ({"objective": "sft", "lavit": LavitOptions(latents=2)}, "add --objective lavit"),
         ({"objective": "lavit", "fsdp": True}, "use DDP"),
+        ({"objective": "lavit", "weights": LossWeights(concept=0.0, traj=0.0)}, "set lavit.gate none too"),
         ({"objective": "lavit", "gradient_checkpointing": True}, "drop --gradient_checkpointing"),
         ({"objective": "align-ti+lavit", "align": Align(layout="appended")}, r"align\.layout cached"),
     ],

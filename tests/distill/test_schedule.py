@@ -43,8 +43,18 @@ def test_stages_have_equal_length_and_end_before_the_run_does() -> None:
     found = schedule.plan(difficulty, clusters, 4, 0.3, 0.5, 12.0)
     seen = [found.stage(step, 100, 0.5) for step in range(100)]
     assert seen == sorted(seen)
-    assert [seen.count(t) for t in range(5)] == [13, 13, 13, 13, 48]
+    assert [seen.count(t) for t in range(5)] == [13, 12, 13, 12, 50]
     assert schedule.Plan(np.zeros((1, 3), np.int64), np.zeros(1), np.zeros(1)).stage(0, 100, 0.5) == 0
+
+
+@pytest.mark.parametrize(("steps", "stages", "until"), [(30, 20, 0.9), (100, 36, 0.5), (100, 49, 0.5), (7, 3, 1.0)])
+def test_whole_rationales_come_when_they_are_promised(steps: int, stages: int, until: float) -> None:
+    found = schedule.Plan(np.zeros((stages + 1, 1), np.int64), np.zeros(stages + 1), np.zeros(stages + 1))
+    seen = [found.stage(step, steps, until) for step in range(steps)]
+    assert seen == sorted(seen)
+    whole = round(steps * until)
+    assert all(t < stages for t in seen[:whole])
+    assert all(t == stages for t in seen[whole:])
 
 
 def test_greedy_choices_reach_half_of_the_best_subset() -> None:
