@@ -174,7 +174,7 @@ def load_extra(extra: nn.Module | None, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Score:
-    """A held-out figure at a step; more exact matches or less loss is better."""
+    """A held-out figure at a step; more exact matches or less loss is better, of equals the later."""
 
     step: int
     metric: str
@@ -183,7 +183,7 @@ class Score:
     def beats(self, other: Score | None) -> bool:
         if other is None or other.metric != self.metric:
             return True
-        return self.value > other.value if self.metric == "exact_match" else self.value < other.value
+        return self.value >= other.value if self.metric == "exact_match" else self.value <= other.value
 
 
 def best(out: Path) -> Score | None:

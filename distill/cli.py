@@ -319,8 +319,9 @@ def _take_stage_options(argv: list[str]) -> tuple[dict[str, list[str]], list[str
     """`--stages.NAME.KEY VALUE` by stage, and the other words."""
     chosen: dict[str, list[str]] = {}
     rest: list[str] = []
-    words = iter(argv)
-    for word in words:
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if not word.startswith("--stages."):
             rest.append(word)
             continue
@@ -329,7 +330,8 @@ def _take_stage_options(argv: list[str]) -> tuple[dict[str, list[str]], list[str
         if name not in option_names():
             unknown(f"--stages.{stage}.{name}", name, set(option_names()), "`python -m distill train --help`")
         if not equals:
-            value = next(words, "true")
+            alone = not words or words[0].startswith("--")
+            value = "true" if alone else words.pop(0)
         chosen.setdefault(stage, []).append(f"--{name}={value}")
     return chosen, rest
 

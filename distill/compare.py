@@ -37,7 +37,20 @@ SWEEP_SEED = 9001
 EQUAL_STEPS, SWEEP_STEPS = 350, 250
 # what a comparison decides itself
 SET_BY_COMPARE = tuple(
-    f"--{name}" for name in ("preset", "objective", "steps", "lr", "seed", "out", "resume", "threads")
+    f"--{name}"
+    for name in (
+        "preset",
+        "objective",
+        "steps",
+        "lr",
+        "seed",
+        "out",
+        "resume",
+        "threads",
+        "eval_every",
+        "eval_samples",
+        "save_every",
+    )
 )
 
 

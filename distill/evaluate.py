@@ -14,6 +14,15 @@ from distill.generate import concludes
 from distill.objective import VARIANCE, Batch, Normaliser, Objective, bounded, gold_pass
 from vlm.score import bootstrap_interval
 
+# terms that are divided by samples with an image; the others are by response tokens
+BY_IMAGE = ("iva", "concept", "traj")
+MOST = 100
+
+
+def batch_size(trained_with: int) -> int:
+    """Samples a batch when nothing is kept for a backward pass; a training step holds what several layers need."""
+    return min(MOST, 4 * trained_with)
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -25,7 +34,7 @@ class Accuracy:
 
 
 @torch.no_grad()
-def greedy_matches(model: nn.Module, examples: Examples, n: int, collate: Collator, size: int = 100) -> list[bool]:
+def greedy_matches(model: nn.Module, examples: Examples, n: int, collate: Collator, size: int = MOST) -> list[bool]:
     """Per example: would greedy decoding give exactly the reference answer, end of turn included?
 
     Greedy decoding reproduces the reference exactly when each reference token is the most likely one after the
@@ -57,33 +66,37 @@ def matches(model: nn.Module, batch: Batch) -> list[bool]:
     return found
 
 
-def accuracy(model: nn.Module, examples: Examples, n: int, collate: Collator) -> Accuracy:
-    scores = [float(match) for match in greedy_matches(model, examples, n, collate)]
+def accuracy(model: nn.Module, examples: Examples, n: int, collate: Collator, size: int = MOST) -> Accuracy:
+    scores = [float(match) for match in greedy_matches(model, examples, n, collate, size)]
     return Accuracy(sum(scores) / len(scores), len(scores), bootstrap_interval(scores))
 
 
 @torch.no_grad()
 def held_out_terms(
-    model: nn.Module, objective: Objective, examples: Examples, n: int, collate: Collator, size: int = 100
+    model: nn.Module, objective: Objective, examples: Examples, n: int, collate: Collator, size: int = MOST
 ) -> dict[str, float]:
-    """Every loss term of the objective on held-out examples, averaged over batches, and their weighted sum `loss`.
+    """Every loss term of the objective on held-out examples, whatever the batches, and their weighted sum `loss`.
 
     With a sampled teacher also `kd_bound` and the like, see `distill.objective.bounded`.
     """
     was_training = model.training
     model.eval()
-    mine: list[dict[str, float]] = []
+    mine: list[tuple[dict[str, float], dict[str, float]]] = []
     # candidates are drawn by content, so evaluation neither disturbs the training stream nor varies between calls
     for batch, counts in _turns(model, examples, n, collate, size):
-        _, values = objective(model, batch, Normaliser.of(batch))
-        mine += [{name: float(value) for name, value in values.items()}] if counts else []
+        _, values = objective(model, batch, Normaliser(1, 1))
+        tokens, images = float(batch.response_tokens()), float(batch.image_samples())
+        shares = {name: images if name.removesuffix(VARIANCE) in BY_IMAGE else tokens for name in values}
+        mine += [({name: float(value) for name, value in values.items()}, shares)] if counts else []
     model.train(was_training)
     found = processes.in_order(processes.gather(mine))
-    means = {name: sum(values[name] for values in found) / len(found) for name in objective.terms}
+    total = {
+        name: max(sum(shares.get(name, 0.0) for _, shares in found), 1.0) for name in (found[0][0] if found else {})
+    }
+    means = {name: sum(values[name] for values, _ in found) / total[name] for name in objective.terms}
     loss = sum(getattr(objective.weights, name) * value for name, value in means.items())
     # errors of different samples are independent
-    variances = [name for name in (found[0] if found else {}) if name.endswith(VARIANCE)]
-    errors = {name: sum(values[name] for values in found) / len(found) ** 2 for name in variances}
+    errors = {n: sum(values[n] for values, _ in found) / total[n] ** 2 for n in total if n.endswith(VARIANCE)}
     return bounded({**means, **errors, "loss": loss})
 
 

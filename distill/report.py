@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -27,7 +28,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The log lines of a run, in order; none of a run shorter than its logging interval."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed process may be cut
+            found.append(json.loads(line))
+    return found
 
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> list[Point]:

@@ -24,8 +24,9 @@ from torch import nn
 from distill import access
 from distill.check_parts import data_figures
 from distill.config import TrainConfig
-from distill.data import Collator, Example, Examples, to_batch
+from distill.data import Collator, Example, Examples, at_hand, to_batch
 from distill.placement import computes_on, student_device
+from distill.ribbon import for_decoder
 from distill.stages import starting_from
 from vlm import chat, preprocess
 from vlm.files import write_atomic
@@ -51,7 +52,8 @@ def collect(out: Path, config: TrainConfig, shown: int = SHOWN) -> dict[str, Any
     run = load_run(starting_from(config, out / "student", plain=True))
     run.student.to(student_device())
     examples, split = _held_out(run)
-    chosen = [examples[i * len(examples) // min(shown, len(examples))] for i in range(min(shown, len(examples)))]
+    within = at_hand(examples)
+    chosen = [examples[i * within // min(shown, within)] for i in range(min(shown, within))]
     facts = {
         "environment": environment(),
         "data": _data_facts(run, config.seed),
@@ -72,7 +74,7 @@ def _held_out(run: Run) -> tuple[Examples, str]:
 
 def _data_facts(run: Run, seed: int) -> dict[str, Any]:
     train = run.data.train
-    order = np.random.default_rng(seed).permutation(len(train))[:DRAWN]
+    order = np.random.default_rng(seed).permutation(at_hand(train))[:DRAWN]
     drawn = [train[int(i)] for i in order]
     counted = getattr(train, "lengths", None)
     lengths = [len(example.ids) for example in drawn] if counted is None else counted.tolist()
@@ -120,7 +122,7 @@ def answer(model: nn.Module, prompt: Example, tokenizer: chat.ChatTokenizer, col
         if int(token) in tokenizer.spec.eos_token_ids:
             break
         ids.append(int(token))
-        place = torch.tensor([[len(prompt.ids) + len(ids) - 1]], device=device)
+        place = for_decoder(gold.inputs.position_BT[:, -1:] + len(ids))
         embeds = decoder.get_input_embeddings()(token[:, None])
         mask = torch.ones((1, len(prompt.ids) + len(ids)), dtype=torch.long, device=device)
         output = decoder(

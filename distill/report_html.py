@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from vlm.console import Parser, natural, note, print_json
 from vlm.errors import ToolError, UserError
 from vlm.files import read_json, write_atomic
 from vlm.load import PROVENANCE
+
+# what two runs of one method in a comparison do not share
+OF_ONE_SEED = ("seed", "out", "resume")
 
 PAGE = "report.html"
 CONTROLS = "controls.json"
@@ -152,9 +156,9 @@ def controls(folders: Sequence[Path]) -> list[dict[str, Any]]:
         runs = [read(path)[-1] for path in inside if _is_run(path) and not path.name.startswith("sweep-")]
         if not runs:
             raise UserError(f"{folder} holds no finished run; name runs, or the folder of `python -m distill compare`")
-        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        groups: dict[str, list[dict[str, Any]]] = {}
         for run in runs:
-            key = (run.config["objective"], run.config["steps"], run.config["lr"])
+            key = json.dumps({k: v for k, v in run.config.items() if k not in OF_ONE_SEED}, sort_keys=True, default=str)
             groups.setdefault(key, []).append(_summary(run, run.out.name))
         columns += [_averaged(group) for group in groups.values()]
     return columns
@@ -167,7 +171,8 @@ def _averaged(group: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [one["exact_match"] for one in group if one["exact_match"] is not None]
     value = {
         **first,
-        "name": f"{first['objective']}, {len(group)} seeds",
+        # a comparison's folders are called METHOD-Nsteps-lrX-seedS
+        "name": f"{re.sub(r'-[0-9]+steps-.*$', '', first['name'])}, {len(group)} seeds",
         "interval": None,
         "n": first["n"],
         "answers": {},

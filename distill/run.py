@@ -107,11 +107,11 @@ class Run:
         if held_out is None:
             return {}
         collate = self.collate()
-        count = self.config.eval_samples
+        count, size = self.config.eval_samples, evaluate.batch_size(self.config.batch_size)
 
         def work(student: nn.Module) -> dict[str, float]:
-            terms = evaluate.held_out_terms(student, trainer.objective, held_out, min(count, 200), collate)
-            return {**terms, "exact_match": evaluate.accuracy(student, held_out, count, collate).exact_match}
+            terms = evaluate.held_out_terms(student, trainer.objective, held_out, min(count, 200), collate, size)
+            return {**terms, "exact_match": evaluate.accuracy(student, held_out, count, collate, size).exact_match}
 
         return trainer.on_student(work)
 
@@ -143,9 +143,10 @@ def load_run(config: TrainConfig) -> Run:
         generate.refuse(student)
     if (start := optimizers.state_to_start_from(config)) is not None:
         optimizers.refuse_without_state(start)
-    if len(data.train) < config.batch_size:
+    if len(data.train) < config.batch_size * processes.world():
+        several = f" in each of {processes.world()} processes" if processes.world() > 1 else ""
         raise UserError(
-            f"{len(data.train)} training samples do not fill one batch of {config.batch_size}; lower batch_size"
+            f"{len(data.train)} training samples do not fill one batch of {config.batch_size}{several}; lower batch_size"
         )
     vocabulary = int(student_source.config["text_config"]["vocab_size"])
     placed = cached = None

@@ -61,13 +61,27 @@ def start(request: Request, out: Path) -> TrainResult:
         UserError: `out` holds a run already, or a stage is wrong; finished stages stay.
         KeyboardInterrupt: stopped by Ctrl-C after writing a checkpoint.
     """
+    from distill import processes
+
+    stages = placed(request.stages, out)
+    _refuse_what_cannot_train(stages)
+    processes.join()
+    processes.first(lambda: _write_plan(request, stages, out))
+    try:
+        return run(stages, out)
+    except UserError:
+        if not any(stage.config.out.exists() for stage in stages):  # nothing was trained: leave nothing behind
+            (out / PLAN).unlink(missing_ok=True)
+            _remove_empty(out)
+        raise
+
+
+def _write_plan(request: Request, stages: Sequence[Stage], out: Path) -> None:
     from distill.stored import config_to_json
     from distill.train import CONFIG
 
     if (out / PLAN).exists() or (out / CONFIG).exists():
         raise UserError(f"{out} already holds a run; add --resume to go on or choose another --out")
-    stages = placed(request.stages, out)
-    _refuse_what_cannot_train(stages)
     plan = {
         "schema": "distill-stages/1",
         "recipe": request.recipe,
@@ -77,13 +91,6 @@ def start(request: Request, out: Path) -> TrainResult:
         write_atomic(out / PLAN, json.dumps(plan, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot make the run folder {out} ({error.strerror}); choose another --out") from None
-    try:
-        return run(stages, out)
-    except UserError:
-        if not any(stage.config.out.exists() for stage in stages):  # nothing was trained: leave nothing behind
-            (out / PLAN).unlink(missing_ok=True)
-            _remove_empty(out)
-        raise
 
 
 def read_plan(out: Path) -> tuple[Stage, ...]:

@@ -232,11 +232,13 @@ def _finish(run: Run, trainer: DistillTrainer, collate: Collator) -> TrainResult
     with torch.no_grad():
         for parameter in run.student.parameters():
             parameter.copy_(parameter.to(dtype).to(parameter.dtype))
-    test = run.data.test
-    scored = test and trainer.on_student(lambda model: evaluate.accuracy(model, test, config.eval_samples, collate))
+    test, size = run.data.test, evaluate.batch_size(config.batch_size)
+    scored = test and trainer.on_student(
+        lambda model: evaluate.accuracy(model, test, config.eval_samples, collate, size)
+    )
     if run.student_source.tokenizer.spec.latent_token_ids:
         asked = test or run.data.train
-        found = trainer.on_student(lambda model: replacement.measure(model, asked, config.eval_samples, collate))
+        found = trainer.on_student(lambda model: replacement.measure(model, asked, config.eval_samples, collate, size))
         named = dataclasses.replace(found, data="held-out" if test else "training")
         processes.first(lambda: replacement.report(named, config.out))
     result = TrainResult(

@@ -24,6 +24,7 @@ FORMATS: tuple[Format, ...] = ("llava", "sharegpt", "messages", "rationale")
 NAMES = {"llava": "LLaVA", "sharegpt": "ShareGPT", "messages": "HF messages", "rationale": "rationales"}
 KEYS = {"llava": ("conversations",), "sharegpt": ("conversations", "messages"), "messages": ("messages",)}
 IMAGE_MARK = "<image>"
+LONGEST_PATH, LONGEST_NAME = 4000, 255
 ROLES = {
     "human": "user",
     "user": "user",
@@ -141,10 +142,11 @@ def _turn(turn: Any, where: str, field: str) -> tuple[str, list[_Part]]:
     role_key = "from" if "from" in turn else "role"
     text_key = "value" if "value" in turn else "content"
     role = turn.get(role_key)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         _fail(where, f"{field}.{role_key}", f"role {_shown(role)} is unknown; use one of {', '.join(ROLES)}")
     content = turn.get(text_key)
     if isinstance(content, str):
+        _check_text(content, where, f"{field}.{text_key}")
         pieces = content.split(IMAGE_MARK)
         parts = [_Part(pieces[0])]
         for piece in pieces[1:]:
@@ -169,6 +171,7 @@ def _part(item: Any, where: str, field: str) -> _Part:
         text = item.get("text")
         if not isinstance(text, str):
             _fail(where, f"{field}.text", f"expected a text, got {_shown(text)}")
+        _check_text(text, where, f"{field}.text")
         if IMAGE_MARK in text:
             _fail(where, f"{field}.text", f'{IMAGE_MARK} inside a text part; write it as {{"type": "image"}}')
         return _Part(text)
@@ -247,7 +250,10 @@ def _source(value: Any, where: str, field: str, root: Path) -> ImageSource:
     """A file name, encoded bytes, an image column's {"bytes", "path"} or a decoded image."""
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
         name = str(value.get("path") or "inline image")
-        value = Inline(value["bytes"], name) if value.get("bytes") else value.get("path")
+        data = value.get("bytes")
+        if data and not isinstance(data, bytes):
+            _fail(where, f"{field}.bytes", f"expected bytes, got {_shown(data)}; base64 goes into a data URL")
+        value = Inline(data, name) if data else value.get("path")
     if isinstance(value, bytes):
         value = Inline(value, "inline image")
     if isinstance(value, str) and value.startswith("data:"):
@@ -258,10 +264,24 @@ def _source(value: Any, where: str, field: str, root: Path) -> ImageSource:
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         _fail(where, field, f"{_shown(value)} is a web address; download the images and name the files")
     if isinstance(value, str) and value and "\0" not in value:
+        _check_text(value, where, field)
+        # a name no file system takes; most often it is the image itself
+        if len(value.encode()) > LONGEST_PATH or max(map(len, value.encode().split(b"/"))) > LONGEST_NAME:
+            _fail(where, field, f"{_shown(value)} is no file name; image data is written as data:image/png;base64,...")
         return root / value
     if not isinstance(value, Path | Inline | FileSlice | Image.Image):
         _fail(where, field, f"expected a file name or image bytes, got {_shown(value)}")
     return value
+
+
+def _check_text(text: str, where: str, field: str) -> None:
+    """Half of a surrogate pair is no character: no tokenizer and no file system takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        _fail(
+            where, field, f"character {error.start} is {text[error.start]!r}, half of a surrogate pair; repair the text"
+        )
 
 
 def _roles(value: dict[str, Any]) -> list[str]:

@@ -106,6 +106,7 @@ def test_an_objective_may_carry_options_of_its_own(
         ("sft:optim=magic", "magic"),
         ("sft:fira.rnk=8", "fira.rank"),
         ("sft:seed=3", "can differ"),
+        ("sft:eval_every=3", "can differ"),
         ("sft:x", "can differ"),
     ):
         with pytest.raises(UserError, match=seen):

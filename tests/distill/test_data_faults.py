@@ -134,6 +134,26 @@ CASES: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
     "turn is a text": (turns("Q", TELL), ("record 1", "'conversations[0]'", "'Q'")),
     "unknown role": (turns({"from": "cat", "value": "miau"}, TELL), ("record 1", "'conversations[0].from'", "'cat'")),
     "no role": (turns({"value": "Q"}, TELL), ("record 1", "'conversations[0].role'", "None")),
+    "role is a list": (
+        turns({"from": ["human"], "value": "Q"}, TELL),
+        ("record 1", "'conversations[0].from'", "human"),
+    ),
+    "half a surrogate pair": (
+        text("d.json", json.dumps([GOOD, {"conversations": [{"from": "human", "value": "a\ud83d"}, TELL]}])),
+        ("record 1", "'conversations[0].value'", "surrogate"),
+    ),
+    "half a surrogate pair in a file name": (
+        text("d.json", json.dumps([GOOD, {"conversations": [IMAGE_ASK, TELL], "image": "\ud83d.png"}])),
+        ("record 1", "'image[0]'", "surrogate"),
+    ),
+    "image data as a file name": (
+        turns(IMAGE_ASK, TELL, image="iVBORw0KGgo" * 40),
+        ("record 1", "'image[0]'", "data:image"),
+    ),
+    "image bytes as a text": (
+        turns(IMAGE_ASK, TELL, image={"bytes": "abc"}),
+        ("record 1", "'image[0].bytes'", "expected bytes, got 'abc'"),
+    ),
     "no text": (turns(ASK, {"from": "gpt"}), ("record 1", "'conversations[1].content'", "None")),
     "text is a number": (turns(ASK, {"from": "gpt", "value": 7}), ("record 1", "'conversations[1].value'", "7")),
     "empty answer": (turns(ASK, {"from": "gpt", "value": " "}), ("record 1", "'conversations[1].value'", "empty")),

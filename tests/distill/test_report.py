@@ -20,6 +20,7 @@ from distill import report, report_data, report_html, stages
 from distill.__main__ import main
 from distill.config import TrainConfig
 from distill.data import Collator
+from distill.report import read_metrics
 from distill.stored import config_to_json
 from tests.distill.conftest import Pair
 from tests.tiny import make_student
@@ -130,6 +131,24 @@ def test_controls_stand_beside_it_and_stay(run: Path, tmp_path: Path) -> None:
     assert "KD SAYS" in page.text
     assert main(["report", str(run)]) == 0
     assert "kd-alone" in Page((run / "report.html").read_text()).text
+
+
+def test_methods_of_a_comparison_have_columns_of_their_own(run: Path, tmp_path: Path) -> None:
+    comparison = tmp_path / "compare"
+    for seed in (0, 1):
+        for name, changes, score in (("sft", {}, 0.9), ("sft_optim=fira", {"optim": "fira"}, 0.1)):
+            where = comparison / f"{name}-6steps-lr0.001-seed{seed}"
+            fake_run(where, {"objective": "sft", "seed": seed, "steps": 6, **changes}, score)
+    assert main(["report", str(run), "--compare_to", str(comparison)]) == 0
+    page = Page((run / "report.html").read_text()).text
+    assert "sft, 2 seeds" in page
+    assert "sft_optim=fira, 2 seeds" in page
+    assert "0.500" not in page
+
+
+def test_a_metrics_line_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def fake_run(folder: Path, changes: dict[str, Any], score: float) -> Path:

@@ -191,6 +191,13 @@ def test_a_checkpoint_is_a_student_to_start_from(config: TrainConfig, tmp_path: 
     torch.testing.assert_close(again.lm_head.weight, model.lm_head.weight, atol=2e-5, rtol=0)
 
 
+def test_of_equal_scores_the_later_is_better() -> None:
+    for metric in ("exact_match", "loss"):
+        assert checkpoint.Score(2, metric, 0.0).beats(checkpoint.Score(1, metric, 0.0))
+    assert not checkpoint.Score(2, "exact_match", 0.1).beats(checkpoint.Score(1, "exact_match", 0.2))
+    assert not checkpoint.Score(2, "loss", 0.2).beats(checkpoint.Score(1, "loss", 0.1))
+
+
 def test_the_best_student_is_kept_and_used_when_asked(config: TrainConfig, tmp_path: Path) -> None:
     run = dataclasses.replace(
         config, out=tmp_path / "run", steps=6, warmup=0.2, eval_every=2, lr=0.3, keep_best="loss", final="best"

@@ -162,6 +162,11 @@ def test_options_override_every_stage_or_one(recipe: Path) -> None:
     found = {stage.name: stage.config for stage in parse(words).stages}
     assert {config.lr for config in found.values()} == {0.25}
     assert [config.steps for config in found.values()] == [4, 9, 4]
+    alone = ["--config", str(recipe), "--stages.sft.bf16", "--seed", "7", "--stages.distill.gradient_checkpointing"]
+    found = {stage.name: stage.config for stage in parse(alone).stages}
+    assert [found[name].bf16 for name in ("sft", "distill")] == [True, False]
+    assert {config.seed for config in found.values()} == {7}
+    found = {stage.name: stage.config for stage in parse(words).stages}
     assert found["distill"].align.candidates == 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from distill import checkpoint
-from distill.config import TrainConfig
+from distill.config import OBJECTIVES, Align, LossWeights, TrainConfig
 from distill.data import Collator, DigitsExamples, LlavaJson
-from distill.evaluate import greedy_matches
+from distill.evaluate import greedy_matches, held_out_terms
+from distill.objective import Objective
 from distill.reporter import drop_after
 from distill.stored import config_from_json
+from distill.teacher import LiveTeacher
 from distill.train import train
 from tests.distill.conftest import interrupt_at
 from tests.tiny import make_student
@@ -345,3 +348,20 @@ def test_a_logger_that_is_not_installed_is_named_with_its_extra(
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="choose from tensorboard, trackio, wandb"):
         tiny(models, tmp_path / "run", report_to="tensorbored")
+
+
+def test_held_out_terms_do_not_depend_on_batches(models: Path) -> None:
+    """Every response token and every image counts alike, in whichever batch it is, beside samples without an image too."""
+    student = open_checkpoint(models / "student")
+    model, teacher = load_model(student), load_model(open_checkpoint(models / "teacher")).eval()
+    objective = Objective(OBJECTIVES["align-ti"], LossWeights(), Align(), LiveTeacher(teacher, Align()), 10**6)
+    drawn = DigitsExamples("validation", 7, student.tokenizer, student.image)
+    examples: Any = [drawn[i] for i in range(7)]
+    blind = [span != "image" for span in examples[6].spans]
+    ids, spans = (tuple(itertools.compress(x, blind)) for x in (examples[6].ids, examples[6].spans))
+    examples[6] = dataclasses.replace(examples[6], ids=ids, spans=spans, pixels=())
+    collate = Collator(student.tokenizer.spec.pad_token_id)
+    whole, parts = (held_out_terms(model, objective, examples, 7, collate, size) for size in (7, 3))
+    assert whole.keys() == parts.keys() == {"sft", "kd", "iva", "tpa", "loss"}
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-4), name
