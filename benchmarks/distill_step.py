@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Result, compare, finish, in_turns, parser, peak_total_bytes
-from distill import access, allocator, ribbon
+from distill import access, ribbon
 from distill.batch import Batch, Normaliser
 from distill.config import OBJECTIVES, Align, LossWeights
 from distill.objective import Objective
 from distill.teacher import LiveTeacher
+from vlm import allocator
 
 INSTRUCTION_TOKENS, VISUAL_TOKENS = 32, 196
 # freed memory is kept and takes some steps to settle

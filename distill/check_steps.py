@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill import allocator
 from distill.batch import Batch, Normaliser
 from distill.check_parts import Finding
 from distill.config import TrainConfig
 from distill.objective import bounded
 from distill.optimizers import estimate_memory
+from vlm import allocator
 
 # a step this slow says enough; larger sizes are then calculated
 SLOW_STEP = 6.0

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from distill import (
-    allocator,
     cache,
     evaluate,
     generate,
@@ -36,7 +35,7 @@ from distill.lavit import Lavit, LavitHead
 from distill.objective import Objective
 from distill.pair import shared_vocabulary
 from distill.teacher import Teacher
-from vlm import digits
+from vlm import allocator, digits
 from vlm.errors import UserError
 from vlm.load import Checkpoint, open_checkpoint
 

@@ -29,6 +29,7 @@ from export.questions import Question, divide, read_questions
 from export.stages import Stages, stages_of
 from export.student import Student, open_student
 from export.trt_precision import TRT_KINDS, TRT_PARTS, parse_trt_precision
+from vlm import allocator
 from vlm.console import note
 from vlm.errors import GateFailed
 from vlm.files import atomic_dir
@@ -151,6 +152,7 @@ class Making:
         if not self.run.auto_precision and not self.wants_ablation(storage):
             self.loaded = None  # measuring needs the runtime's memory, not PyTorch's
             gc.collect()  # modules and their readers refer to each other
+            allocator.give_back()
         return measure(checkpoint, self.evidence, self.root, manifest)
 
     def storage(self) -> to_onnx.Storage:

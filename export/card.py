@@ -76,7 +76,7 @@ def card(name: str, manifest: Manifest) -> str:
         table(("path", "role", "bytes"), files),
         "## Use",
         _elsewhere(name, manifest),
-        f"Replay on this machine: `python -m export verify {name}`",
+        "Replay on this machine, from this folder: `python -m export verify .`",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -112,7 +112,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         target=arguments.target,
         student=student,
         out=arguments.out or Path(),
-        precision=arguments.precision or PRECISIONS[cast(Target, arguments.target)][0],
+        precision=PRECISIONS[cast(Target, arguments.target)][0] if arguments.precision is None else arguments.precision,
         samples=arguments.samples,
         dry_run=arguments.dry_run,
         seed=arguments.seed,

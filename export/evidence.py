@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from export.corpus import corpus
+from export.options import IMAGES
 from export.parity import STEPS, Case, Expected, Gate, compare_features, expect, is_tie
 from export.questions import Question, digit_questions
 from export.reference import TorchBackend, greedy_batch, greedy_padded
@@ -334,9 +335,7 @@ def calibration_prompts(
         drawn = list(questions)[:count] or digit_questions("train", count, CALIBRATION_SEED)
         answers = [tuple(_ids(tokenizer, q.answers[0])) for q in drawn]
         return prompts_of(student.checkpoint, drawn), answers
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    if not paths:
-        raise UserError(f"--calibration {folder} holds no image (png, jpg, webp, bmp)")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
     prompts = prompts_of(student.checkpoint, [Question(path, DESCRIBE, ()) for path in paths[:count]])
     stop = tokenizer.spec.eos_token_ids
     return prompts, greedy_batch(student, prompts, stop, LIMIT)

@@ -46,8 +46,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def check_checkout(folder: Path) -> None:
     """Raises UserError: not a llama.cpp checkout."""
-    if not (folder / SCRIPT).is_file():
-        raise UserError(f"--llama-cpp {folder} holds no {SCRIPT}; give the folder of a llama.cpp checkout")
+    for needed in (SCRIPT, "conversion"):
+        if not (folder / needed).exists():
+            raise UserError(f"--llama-cpp {folder} holds no {needed}; give the folder of a current llama.cpp checkout")
 
 
 def checkout_key(folder: Path) -> str:

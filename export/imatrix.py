@@ -22,6 +22,7 @@ from vlm.errors import UserError
 if TYPE_CHECKING:
     from export.questions import Question
 
+HEAD = "output.weight"
 FLOOR = 1e-6  # of the mean: a column that was never driven must not make a block weightless
 SUMS, COUNTS = ".in_sum2", ".counts"
 CHUNK = 512
@@ -117,6 +118,8 @@ def check(importance: Importance, shapes: dict[str, tuple[int, ...]], where: Pat
         if len(shape) != 2 or name == "token_embd.weight":
             continue
         seen = importance.power.get(name)
+        if seen is None and name == HEAD:  # llama-imatrix leaves the head out unless it is told not to
+            continue
         if seen is None:
             raise UserError(f"--imatrix {where} lacks {name}; it was made for another model")
         if len(seen) != shape[1]:

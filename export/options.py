@@ -20,6 +20,7 @@ PRECISIONS: dict[Target, tuple[str, ...]] = {
     "gguf": gguf_precision.KINDS,
     "tensorrt": tuple(PRESETS),
 }
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PAIR = 2
 ONLY_FOR: dict[str, tuple[Target, ...]] = {
     "flavour": ("onnx",),
@@ -110,6 +111,8 @@ class ExportOptions:
             raise UserError(f"--images {self.images} is the folder of --data, which is missing")
         if self.calibration is not None and not self.calibration.is_dir():
             raise UserError(f"--calibration {self.calibration} is not a folder; name a folder of images")
+        if self.calibration is not None and not any(p.suffix.lower() in IMAGES for p in self.calibration.iterdir()):
+            raise UserError(f"--calibration {self.calibration} holds no image (png, jpg, webp, bmp)")
 
     def _check_four_bits(self) -> None:
         if self.target == "tensorrt":

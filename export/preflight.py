@@ -32,7 +32,11 @@ def check_target(out: Path) -> None:
     Raises:
         UserError: something else is there.
     """
-    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+    try:
+        other = out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir())))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be used ({error.strerror}); choose another folder") from None
+    if other:
         raise UserError(f"{out} exists and is not an artefact; choose another folder with --out")
 
 
@@ -65,7 +69,8 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise UserError(f"cannot write to {existing}; choose another folder with --out")
     free = shutil.disk_usage(existing).free
-    peak = LIBRARIES_BYTES + stored + 4 * largest
+    # PyTorch's student while writing; ONNX Runtime reads the graphs whole to compare them
+    peak = LIBRARIES_BYTES + max(stored + 4 * largest, needed if run.target != "gguf" else 0)
     found = {
         "artefact": str(run.out),
         "dry_run": run.dry_run,

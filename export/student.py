@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, ToolError
 from vlm.load import Checkpoint, load_model
 
 if TYPE_CHECKING:
@@ -146,12 +146,28 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     Raises:
         CheckpointError: names the setting that cannot be exported.
     """
+    try:
+        facts = _read_facts(checkpoint, config := read_config(checkpoint))
+    except ToolError:
+        raise
+    except Exception as error:  # transformers checks types in many ways, each with an exception of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{checkpoint.directory}/config.json is no LLaVA configuration ({reason})") from None
+    for name, size in asdict(facts).items():
+        if isinstance(size, int) and not isinstance(size, bool) and size < 1:
+            raise CheckpointError(f"{checkpoint.directory}/config.json: {name} is {size}; it must be at least 1")
+    _check(checkpoint, config, facts)
+    return facts
+
+
+def _read_facts(checkpoint: Checkpoint, config: Any) -> Facts:
     from optimum.utils import NormalizedTextConfigWithGQA, NormalizedVisionConfig
 
-    config = read_config(checkpoint)
     text, vision = NormalizedTextConfigWithGQA(config.text_config), NormalizedVisionConfig(config.vision_config)
     layers = config.vision_feature_layer
-    facts = Facts(
+    if not isinstance(layers, int) and not layers:
+        raise CheckpointError(f"{checkpoint.directory}/config.json: vision_feature_layer {layers!r} names no layer")
+    return Facts(
         decoder=config.text_config.model_type,
         layers=text.num_layers,
         heads=text.num_attention_heads,
@@ -167,8 +183,6 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
         feature_layers=(layers,) if isinstance(layers, int) else tuple(layers),
         select=config.vision_feature_select_strategy,
     )
-    _check(checkpoint, config, facts)
-    return facts
 
 
 def check_decoder(checkpoint: Checkpoint, facts: Facts) -> None:

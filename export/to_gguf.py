@@ -143,7 +143,7 @@ def write_all(
 
 def exact_kind(precision: GgufPrecision, weights: Weights) -> str:
     """What the text file holds before quantisation: every number as stored, so that nothing is rounded twice."""
-    return precision.decoder if precision.decoder in ("f32", "f16", "bf16") else weights.kind
+    return weights.kind if precision.quantised else precision.decoder
 
 
 def find_importance(
@@ -310,4 +310,4 @@ def _padded(size: int) -> int:
 
 
 def versions() -> list[str]:
-    return [importlib.metadata.version(name) for name in ("gguf", "llama-cpp-python")]
+    return [importlib.metadata.version(name) for name in ("gguf", "llama-cpp-python", "torch", "transformers")]

@@ -20,6 +20,7 @@ from export.precision import KINDS, Algorithm, Flavour, Precision
 from export.sizes import describe, tensor_bytes
 from export.stages import Stages, code_sha256, student_key
 from export.student import Student
+from vlm import allocator
 from vlm.errors import GateFailed
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from export.linear import Range
 
 OPSET = 18
+# what wrote a graph: another version of one of them writes it again
+TOOLS = ("torch", "transformers", "optimum", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 BLOCK_OPSET = 21  # the first with blocks in DequantizeLinear
 INLINE_BYTES = 1024
 CONTRIB = "com.microsoft"
@@ -236,6 +239,7 @@ def write(
     files: list[tuple[Path, str]] = []
     planned, of_student = graphs(student, options), student_key(student.checkpoint)
     for graph in planned:
+        allocator.give_back()  # what calibration, or the graph before, has freed
         kind = KINDS[getattr(options.precision, graph.part)]
         key = stage_key(student, options, graph, of_student)
         files += stages.files(graph.stem, key, root, lambda folder, g=graph, k=kind: write_graph(student, g, k.suffix, folder), graph.fallbacks)  # type: ignore[misc]  # fmt: skip
@@ -255,7 +259,7 @@ def stage_key(student: Student, options: Storage, graph: Graph, of_student: list
             folds.update(path.encode() + (b"" if scale is None else scale.numpy().tobytes()))
     for path, seen in sorted(options.ranges.items()):
         folds.update(f"{path} {seen.low} {seen.high}".encode() + seen.power_K.numpy().tobytes())
-    versions = [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")]
+    versions = [importlib.metadata.version(name) for name in TOOLS]
     return {
         "student": of_student,
         "graph": graph.stem,

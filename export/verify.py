@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,17 @@ from export.backends import chat_tokenizer, gate_of, open_backend
 from export.evidence import load_reference
 from export.replay import make_prompt
 from vlm.errors import ArtifactError
-from vlm.manifest import check_files, read_manifest
+from vlm.manifest import NAME, check_files, read_manifest
 from vlm.preprocess import open_image
+
+
+@contextlib.contextmanager
+def _fitting(root: Path) -> Iterator[None]:
+    """A manifest of the right form may still lack a number or hold one of another type."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{root / NAME} is damaged ({type(error).__name__}: {error}); export again") from None
 
 
 def verify(root: Path) -> dict[str, Any]:
@@ -27,15 +38,16 @@ def verify(root: Path) -> dict[str, Any]:
     started = time.monotonic()
     manifest = read_manifest(root)
     check_files(root, manifest)
-    gate = gate_of(manifest)
+    with _fitting(root):
+        gate, tokenizer = gate_of(manifest), chat_tokenizer(root, manifest)
     found = (
         [] if manifest.verified else [f"at export: {line}" for line in manifest.parity.get("failures") or ["no gate"]]
     )
-    tokenizer = chat_tokenizer(root, manifest)
     expected = load_reference(manifest.path_of(root, "reference"))
     if not manifest.golden or len(expected) != len(manifest.golden):
         raise ArtifactError(f"{root} carries no golden sample to replay; export again")
-    backend = open_backend(root, manifest)
+    with _fitting(root):
+        backend = open_backend(root, manifest)
     stop, cases, answers = tokenizer.spec.eos_token_ids, {}, []
     before = manifest.parity.get("golden_ids", [])
     try:

@@ -109,6 +109,8 @@ def read_manifest(root: Path) -> Manifest:
         raise ArtifactError(
             f"{root} is not an artefact (no {NAME}); make one with `python -m export --target onnx`"
         ) from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ArtifactError(f"{path} is damaged (not JSON); export again") from None
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:

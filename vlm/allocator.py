@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what a training step frees for the next one.
+"""The C library's allocator: told to keep what a training step frees for the next one, or to give it back now.
 
 By default glibc asks the kernel for every block above 32 MiB and gives it back when it is freed: each step touches its
 logits, gradients and activations as new pages. On a virtual machine that was a third of a step's processor time
