@@ -29,9 +29,12 @@ from vlm.manifest import read_manifest
 QUANTISED = tuple(kind for kind in FILE_TYPES if kind not in ("f32", "f16", "bf16"))
 
 
-@pytest.mark.parametrize("precision", ["f32", "bf16", "q4_k_m", "iq3_m"])
-def test_every_kind_verifies(exported: Callable[..., Any], precision: str) -> None:
-    made = exported("gguf", precision, "siglip", "qwen2")
+@pytest.mark.parametrize(
+    ("precision", "decoder"),
+    [*((kind, "qwen2") for kind in ("f32", "bf16", "q4_k_m", "iq3_m")), ("f32", "qwen3"), ("f32", "llama")],
+)
+def test_every_kind_verifies(exported: Callable[..., Any], precision: str, decoder: str) -> None:
+    made = exported("gguf", precision, "siglip", decoder)
     manifest = made.manifest
     assert manifest.parity["failures"] == []
     assert manifest.precision["decoder"]["type"] == precision
