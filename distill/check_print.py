@@ -106,7 +106,8 @@ def _resources(report: StageReport) -> str:
         f"time: {duration(times.step)} a step with samples as they come; the {config.steps} x {config.accumulate} steps take "
         f"about {duration(times.total)}, {duration(times.total_longest)} were all as long as the longest (without "
         "evaluation and saving)",
-        f"disk: up to {size(disk.peak)}: {disk.kept + 1} checkpoints of {size(disk.checkpoint)}, the student "
+        f"disk: up to {size(disk.peak)}: {disk.kept + 1} checkpoints of {size(disk.checkpoint)}, "
+        f"{f'the best student twice ({size(disk.best)}), ' if disk.best else ''}the student "
         f"{size(disk.student)}",
     ]
     return "\n".join([text, *lines])

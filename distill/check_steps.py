@@ -282,11 +282,12 @@ class Disk:
     kept: int
     student: int
     free: int
+    best: int = 0
 
     @property
     def peak(self) -> int:
-        # the new checkpoint is written before the oldest goes
-        return self.checkpoint * (self.kept + 1) + self.student
+        # a new checkpoint is written before the oldest goes, a better student before the one it replaces
+        return self.checkpoint * (self.kept + 1) + 2 * self.best + self.student
 
     def to_json(self) -> dict[str, int]:
         return {**asdict(self), "peak": self.peak}
@@ -305,4 +306,5 @@ def disk(config: TrainConfig, student: nn.Module, kept: int) -> Disk:
         min(kept, saves),
         width * total,
         shutil.disk_usage(place).free,
+        4 * total if config.eval_every and config.keep_best != "none" else 0,
     )

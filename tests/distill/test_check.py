@@ -236,9 +236,13 @@ def test_a_checkpoint_takes_the_disk_that_was_announced(
         train(config)
     folder = next((config.out / "checkpoints").glob("checkpoint-*"))
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    announced = check_steps.disk(config, load_run(config).student, 3)
+    student = load_run(config).student
+    announced = check_steps.disk(config, student, 3)
     assert announced.checkpoint == pytest.approx(written, rel=0.1, abs=100_000)
     assert announced.peak == 2 * announced.checkpoint + announced.student
+    judged = check_steps.disk(dataclasses.replace(config, eval_every=1, holdout=0.2), student, 3)
+    assert judged.peak == announced.peak + 2 * judged.best
+    assert judged.best > announced.student  # float16; the best is kept as it trains
 
 
 @pytest.mark.parametrize(
