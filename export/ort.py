@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from export.replay import F32, Prompt
+from vlm import allocator
 from vlm.errors import ArtifactError, MissingPiece
 from vlm.preprocess import ImageSpec, pixels
 
@@ -94,6 +95,7 @@ class OnnxBackend:
     def __init__(self, vision: Path, embed: Path, decoder: Path, image: ImageSpec, image_id: int) -> None:
         self.image, self.image_id = image, image_id
         self.vision, self.embed, self.decoder = _opener(vision), _opener(embed), session(decoder)
+        self.large = _external_bytes(decoder) > LARGE
         inputs = self.decoder.get_inputs()
         self.past_names = [i.name for i in inputs if i.name.startswith("past_key_values.")]
         first = next(i for i in inputs if i.name == self.past_names[0])
@@ -115,6 +117,8 @@ class OnnxBackend:
         if not self.cache:
             shape = (embeds_BSH.shape[0], self.past_shape[1], 0, self.past_shape[3])
             self.cache = [np.zeros(shape, self.past_type) for _ in self.past_names]
+        if self.large:
+            allocator.give_back()  # what the last run widened lies in the heap, beside all of the mapped file
         logits, *self.cache = self.decoder.run(
             None,
             {
