@@ -125,9 +125,8 @@ def padded_pair(pad: int, evidence: Evidence, backend: OnnxBackend, gate: Gate) 
     filler = backend.embeddings(np.array([[pad]], np.int64))[0]
     embeds = np.stack([np.concatenate([np.repeat(filler, length - len(r), 0), r]) for r in rows])
     mask = np.stack([np.r_[np.zeros(length - len(r)), np.ones(len(r))] for r in rows]).astype(np.int64)
-    backend.cache = []
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    logits = [backend.run(embeds, mask, positions, 1)[:, -1]]
+    logits = [backend.prefill_batch(embeds, mask, positions)]
     for step in zip(*(c.forced for c in cases), strict=True):
         mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
         positions = positions[:, -1:] + 1

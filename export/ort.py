@@ -17,6 +17,7 @@ from vlm.errors import ArtifactError, MissingPiece
 from vlm.preprocess import ImageSpec, pixels
 
 LARGE = 1 << 27  # bytes of weights from which memory is worth more than seconds
+PIECE = 64  # positions of a batch that go into a large graph at once
 LOGITS = 1 << 24  # of one call; all positions of a prompt at once would take gigabytes with a large vocabulary
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -130,6 +131,17 @@ class OnnxBackend:
             },
         )
         return np.asarray(logits, np.float32)
+
+    def prefill_batch(
+        self, embeds_BSH: F32, mask_BS: npt.NDArray[np.int64], positions_BS: npt.NDArray[np.int64]
+    ) -> F32:
+        """Logits after padded prompts, [B, V]; into a large graph they go as pieces, whose activations are small."""
+        self.cache, length = [], embeds_BSH.shape[1]
+        piece = PIECE if self.large else length
+        for start in range(0, length, piece):
+            end = min(start + piece, length)
+            logits = self.run(embeds_BSH[:, start:end], mask_BS[:, :end], positions_BS[:, start:end], 1)
+        return logits[:, -1]
 
     def prompt_embeddings(self, prompt: Prompt) -> F32:
         embeds = self.embeddings(np.asarray([prompt.ids], np.int64))[0]

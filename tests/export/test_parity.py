@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export import ort
+from export.backends import open_backend
 from export.parity import GATES, compare_logits, expect, is_tie
 from export.reference import TorchBackend
 from export.verify import verify
@@ -128,3 +130,22 @@ def test_of_several_most_likely_tokens_any_is_right_and_no_other() -> None:
     stored = expect(np.array([[3, 5, 5, 1], [3, 5, 4.9999995, 1]], np.float32), np.ones((1, 4), np.float32), (0,))
     for said, top1 in (((1, 1), 1.0), ((2, 1), 1.0), ((2, 2), 0.5), ((0, 2), 0.0)):
         assert compare_logits(stored, np.eye(4, dtype=np.float32)[list(said)])["top1"] == top1
+
+
+def test_a_batch_in_pieces_is_the_batch_at_once(exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = exported("onnx", "fp32", "siglip", "llama")
+    backend = open_backend(made.root, made.manifest)
+    assert isinstance(backend, ort.OnnxBackend)
+    monkeypatch.setattr(ort, "PIECE", 7)
+    long, short = (backend.prompt_embeddings(case.prompt)[0] for case in made.subject.evidence.cases[:2])
+    short = short[: len(long) - 9]
+    rows = np.stack([long, np.concatenate([np.zeros_like(long[:9]), short])])
+    mask = np.ones(rows.shape[:2], np.int64)
+    mask[1, :9] = 0  # longer than a piece: one piece of the second sample is all padding
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    found = []
+    for large in (False, True):
+        backend.large = large
+        found.append(backend.prefill_batch(rows, mask, positions))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-4)
+    assert backend.cache[0].shape[2] == len(long)
