@@ -90,13 +90,13 @@ def held_out_terms(
         mine += [({name: float(value) for name, value in values.items()}, shares)] if counts else []
     model.train(was_training)
     found = processes.in_order(processes.gather(mine))
-    total = {
-        name: max(sum(shares.get(name, 0.0) for _, shares in found), 1.0) for name in (found[0][0] if found else {})
-    }
+    # a batch without images knows no variance of iva
+    names = {name for values, _ in found for name in values}
+    total = {name: max(sum(shares.get(name, 0.0) for _, shares in found), 1.0) for name in names}
     means = {name: sum(values[name] for values, _ in found) / total[name] for name in objective.terms}
     loss = sum(getattr(objective.weights, name) * value for name, value in means.items())
     # errors of different samples are independent
-    errors = {n: sum(values[n] for values, _ in found) / total[n] ** 2 for n in total if n.endswith(VARIANCE)}
+    errors = {n: sum(v.get(n, 0.0) for v, _ in found) / total[n] ** 2 for n in sorted(names) if n.endswith(VARIANCE)}
     return bounded({**means, **errors, "loss": loss})
 
 
