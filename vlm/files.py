@@ -79,9 +79,10 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target`; on success it becomes `target`, on any failure it vanishes.
 
     A directory left by a killed process (`.NAME.partial-*`) never carries the final name and is removed by the
-    next call for the same target.
+    next call for the same target. A link stays: what it points at is replaced, on the file system it lies on.
     """
-    parent = target.resolve().parent
+    target = target.resolve()
+    parent = target.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for stale in parent.glob(f".{target.name}.partial-*"):
@@ -114,9 +115,9 @@ def _publish(work: Path, target: Path) -> None:
     os.chmod(work, 0o755)
     retired: Path | None = None
     if target.exists():
-        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-old-", dir=target.resolve().parent))
+        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-old-", dir=target.parent))
         os.replace(target, retired / "old")
     os.replace(work, target)
-    fsync_path(target.resolve().parent)
+    fsync_path(target.parent)
     if retired is not None:
         shutil.rmtree(retired, ignore_errors=True)

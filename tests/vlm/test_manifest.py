@@ -118,6 +118,18 @@ def test_atomic_dir_publishes_all_or_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_atomic_dir_writes_where_a_link_points(tmp_path: Path) -> None:
+    """The folder behind it may lie on another file system, where nothing can be moved from here."""
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    with files.atomic_dir(tmp_path / "link") as work:
+        assert work.parent == tmp_path / "disk"
+        (work / "one").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "real" / "one").read_text() == "1"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="disk full"), files.atomic_dir(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
