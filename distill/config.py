@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from distill.methods import FiraOptions, KpodOptions, LavitOptions, Optim, Tokens, check_fira, check_kpod, check_lavit
+from distill.methods import (
+    FiraOptions,
+    KpodOptions,
+    LavitOptions,
+    Optim,
+    Tokens,
+    check_fira,
+    check_kpod,
+    check_lavit,
+    check_lora,
+    check_not_negative,
+)
 from distill.methods import Lora as Lora
 from vlm.errors import UserError
 
@@ -39,7 +50,7 @@ NEW_RUN = Path("runs/NEW")
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms (the paper does not publish its own).
+    """Weights of the terms, 0 to leave one out (the paper does not publish its own).
 
     Attributes:
         sft: next-token cross-entropy on the response.
@@ -56,6 +67,9 @@ class LossWeights:
     tpa: float = 1.0
     concept: float = 0.3
     traj: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_not_negative(vars(self), "weights.")
 
 
 @dataclass(frozen=True)
@@ -91,8 +105,8 @@ class Align:
     irs_pairs: int = 200
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"align.temperature must be above 0, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"align.temperature must be above 0 and finite, got {self.temperature}")
         if self.candidates < 1:
             raise UserError(f"align.candidates must be at least 1, got {self.candidates}")
         if not 0 < self.tpa_share <= 1:
@@ -126,9 +140,7 @@ class LearningRates:
     lm_head: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < math.inf:
-                raise UserError(f"lrs.{name} must be 0 or more and finite, got {value}")
+        check_not_negative(vars(self), "lrs.")
 
 
 @dataclass(frozen=True)
@@ -292,19 +304,8 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
             raise UserError(f"lr must be above 0 and finite, got {self.lr}")
-        for name in (
-            "projector_lr",
-            "max_grad_norm",
-            "weight_decay",
-            "eval_every",
-            "seed",
-            "threads",
-            "student_layers",
-            "holdout",
-            "visual_every",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        names = "projector_lr max_grad_norm weight_decay eval_every seed threads student_layers holdout visual_every"
+        check_not_negative({name: getattr(self, name) for name in names.split()})
         check_fira(self.optim, self.fira, self.accumulate, self.max_grad_norm, self.fsdp, self.lora.r)
         check_kpod(self.tokens, self.schedule, self.kpod, self.streaming)
         check_lavit(self.has_latents, self.lavit, self.fsdp, self.gradient_checkpointing, self.lora.r)
@@ -319,15 +320,8 @@ class TrainConfig:
             raise UserError("an assembled student needs both --vision_tower and --llm (a LLaVA checkpoint has a tower)")
         if self.llm is not None and self.student is not None:
             raise UserError("--student and --llm both say what the student is; drop one")
-        if self.lora.dropout and "tpa" in self.terms and (self.align.layout != "cached" or self.gradient_checkpointing):
-            raise UserError(
-                "lora.dropout needs align.layout cached without gradient_checkpointing: other layouts run the gold "
-                "sequence twice, with different dropout; set lora.dropout 0"
-            )
-        if self.lora.r and self.fsdp:
-            raise UserError(
-                "lora with fsdp is not supported: the frozen weights are not sharded; use plain torchrun (DDP)"
-            )
+        twice = "tpa" in self.terms and (self.align.layout != "cached" or self.gradient_checkpointing)
+        check_lora(self.lora, twice, self.fsdp)
         if self.feature_layer == 0:
             raise UserError("feature_layer counts from 1 (after the first block) or from -1 (after the last), got 0")
         if self.projector_lr and self.lrs.projector and self.projector_lr != self.lrs.projector:

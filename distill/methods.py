@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,13 @@ from vlm.errors import UserError
 
 Optim = Literal["adamw", "fira"]
 Residual = Literal["orthogonal", "release", "none"]
+
+
+def check_not_negative(values: Mapping[str, float], prefix: str = "") -> None:
+    """Refuse a negative, infinite or undefined value among options of these names."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"{prefix}{name} must be 0 or more and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,24 @@ class Lora:
             raise UserError(f"lora.dropout is a share from 0 to below 1, got {self.dropout}")
         if not self.r and (self.dropout or self.targets != "auto" or self.vision):
             raise UserError("lora options without a rank; add --lora.r 16 or drop them")
+
+
+def check_lora(lora: Lora, gold_twice: bool, fsdp: bool) -> None:
+    """Refuse settings of a run that do not go together.
+
+    Args:
+        gold_twice: a step runs the gold sequence a second time and needs the same activations again.
+
+    Raises:
+        UserError: says which, and what to set.
+    """
+    if lora.dropout and gold_twice:
+        raise UserError(
+            "lora.dropout needs align.layout cached without gradient_checkpointing: other layouts run the gold "
+            "sequence twice, with different dropout; set lora.dropout 0"
+        )
+    if lora.r and fsdp:
+        raise UserError("lora with fsdp is not supported: the frozen weights are not sharded; use plain torchrun (DDP)")
 
 
 def check_kpod(tokens: Tokens, schedule: str, kpod: KpodOptions, streaming: bool) -> None:
