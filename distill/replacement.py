@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -79,8 +79,10 @@ def measure(model: nn.Module, examples: Examples, n: int, collate: Collator, siz
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    n = min(n, len(examples))
+    size = max(-(-n // max(-(-n // size), 1)), 1)  # even batches: one sample alone has no other's latents to take
     mine: list[list[tuple[bool, ...]]] = []
-    for chunk, counts in processes.turns(min(n, len(examples)), size):
+    for chunk, counts in processes.turns(n, size):
         for batch in batches(examples, chunk, size, collate, device):
             found = outcomes(model, batch)
             mine += [found] if counts else []
@@ -141,20 +143,26 @@ def replace_rows(value_BTX: Tensor, latent_BT: Tensor, kind: Kind, generator: to
         noise_JX = torch.randn(rows_JX.shape, generator=generator).to(rows_JX)
         new_JX = rows_JX.mean() + rows_JX.std() * noise_JX
     else:
-        group_J = groups(latent_BT)
-        count = int(group_J.max()) + 1
-        size = len(group_J) // count
-        rows_QKX = rows_JX.view(count, size, -1)
-        new_QKX = rows_QKX[:, :1].expand_as(rows_QKX) if kind == "first" else rows_QKX.roll(1, dims=0)
+        sample_Q = sample_of_groups(latent_BT)
+        rows_QKX = rows_JX.view(len(sample_Q), len(rows_JX) // len(sample_Q), -1)
+        new_QKX = rows_QKX[:, :1].expand_as(rows_QKX) if kind == "first" else rows_QKX[donors(sample_Q)]
         new_JX = new_QKX.reshape(rows_JX.shape)
     found_BTX = value_BTX.clone()
     found_BTX[latent_BT] = new_JX
     return found_BTX
 
 
-def groups(latent_BT: Tensor) -> Tensor:
-    """group_J: which group (one an answer, over the whole batch) each latent belongs to; all are of one size."""
+def sample_of_groups(latent_BT: Tensor) -> list[int]:
+    """sample_Q: which sample each group of latents (one an answer, over the whole batch) is of; all are of one size."""
     before_BT = torch.nn.functional.pad(latent_BT, (1, 0))[:, :-1]
-    starts_BT = latent_BT & ~before_BT
-    number_BT = (starts_BT.flatten().long().cumsum(0) - 1).view(latent_BT.shape)
-    return number_BT[latent_BT]
+    found: list[int] = (latent_BT & ~before_BT).nonzero()[:, 0].tolist()
+    return found
+
+
+def donors(sample_Q: Sequence[int]) -> list[int]:
+    """donor_Q: the next group that is of another sample; a sample alone in its batch keeps its own."""
+    count = len(sample_Q)
+    return [
+        next((o for step in range(1, count) if sample_Q[o := (q + step) % count] != sample_Q[q]), q)
+        for q in range(count)
+    ]

@@ -97,6 +97,27 @@ def test_replaced_rows() -> None:
         assert torch.equal(found[~latent], value[~latent])
 
 
+def test_latents_are_swapped_with_another_samples_also_in_a_conversation() -> None:
+    """Three answers of one sample, then two of the next: no group gets one of its own sample."""
+    latent = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 0, 0]], dtype=torch.bool)
+    value = torch.arange(12.0).view(2, 6, 1)
+    found = replacement.replace_rows(value, latent, "shuffled", torch.Generator())
+    assert found[latent].flatten().tolist() == [7, 7, 7, 0, 0]
+    alone = replacement.replace_rows(value[:1], latent[:1], "shuffled", torch.Generator())
+    assert torch.equal(alone, value[:1])
+
+
+@pytest.mark.parametrize("count", [13, 48, 1])
+def test_no_sample_is_alone_in_its_batch(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """13 samples in batches of 12 would leave one that can only be swapped with itself."""
+    found = replacement.measure(
+        hand_built(monkeypatch, True), labelled(count), count, Collator(0, latents=(90, 91)), 12
+    )
+    assert found.n == count
+    shuffled = next(drop for drop in found.drops if drop.kind == "shuffled")
+    assert shuffled.drop == (1.0 if count > 1 else 0.0)
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     torch.set_num_threads(1)
