@@ -15,11 +15,13 @@ from PIL import Image
 from export import imatrix, to_gguf
 from export.artefact import Making, build
 from export.cli import main
-from export.evidence import PIXEL_IMAGES, calibration_prompts, collect
+from export.evidence import PIXEL_IMAGES, accuracy, calibration_prompts, collect
 from export.gguf_precision import parse_gguf
 from export.measure import measure
 from export.options import ExportOptions
+from export.parity import GATES
 from export.questions import Question, divide, read_questions
+from export.reference import TorchBackend
 from export.stages import Stages
 from vlm import digits
 from vlm.errors import UserError
@@ -107,6 +109,25 @@ def test_export_measures_accuracy_on_the_students_own_questions(
     assert manifest.accuracy["change"] == 0.0
     assert manifest.parity["calibration"]["prompts"] == 3
     assert "calibrating on real images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_file_called_digits_is_not_the_digits_task(
+    subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """Answers to the user's questions may differ at near ties, whatever their file is called."""
+    subject = subjects("siglip", "llama")
+    monkeypatch.setattr("export.evidence.is_tie", lambda *_: True)
+    asked = dataclasses.replace(
+        subject.evidence, answers=((0,),) * len(subject.evidence.answers), task="digits", given=given, knows_digits=True
+    )
+    backend = TorchBackend(subject.student)
+    tokenizer = subject.student.checkpoint.tokenizer
+    result, found = accuracy(backend, lambda: backend, tokenizer, asked, GATES["onnx", "fp32"])
+    assert result["tokens_equal"] == 0.0
+    assert [f for f in found if "greedy answers" in f] == (
+        [] if given else ["greedy answers: tokens_equal 0.0000 is below 1.0"]
+    )
 
 
 @pytest.mark.parametrize(
