@@ -188,9 +188,10 @@ def describe_origin(writer: Any, origin: Origin) -> None:
         writer.add_license(str(licence))
     if objective := known.get("objective"):
         writer.add_finetune(str(objective))
-    if recipe_student := (known.get("recipe") or {}).get("student"):
+    recipe = known.get("recipe")
+    if isinstance(recipe, dict) and recipe.get("student"):
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, str(recipe_student))
+        writer.add_base_model_name(0, str(recipe["student"]))
     teacher, data = known.get("teacher"), known.get("data")
     writer.add_description(
         f"LLaVA student ({origin.facts.tower} tower, {origin.facts.decoder} decoder)"
