@@ -10,16 +10,21 @@ from distill.assemble import SPECIALS, Shape, build_model, build_processor, buil
 from vlm import digits
 
 
-def make_student(directory: Path, seed: int = 0, spread: float = 4.0, **sizes: Any) -> Path:
+def make_student(directory: Path, seed: int = 0, spread: float = 4.0, half: bool = False, **sizes: Any) -> Path:
     """Write a random student with the given Shape fields and return its directory.
 
     Freshly initialised weights give nearly flat logits, under which every parity check passes; `spread` scales the
     decoder and projector matrices so that logits differ from token to token as in a trained model.
+
+    Args:
+        half: every weight is a float16 number, as in checkpoints that were published or saved in that type.
     """
     shape = Shape(**{"vision_layers": 2, "vision_hidden": 64, "vision_intermediate": 96, **sizes})
     tokenizer = build_tokenizer(digits.texts())
     model = build_model(shape, tokenizer, seed)
     _spread(model, spread)
+    for parameter in model.parameters() if half else ():
+        parameter.data = parameter.data.half().float()
     save_checkpoint(model, build_processor(tokenizer, shape), directory, {"objective": "none", "seed": seed})
     return directory
 

@@ -53,6 +53,19 @@ def test_tokens_are_equal_where_first_choices_have_a_margin(exported: Callable[.
     assert made.manifest.accuracy["tokens_equal"] == 1.0
 
 
+@pytest.mark.parametrize("decoder", ["qwen2", "qwen3", "llama"])
+def test_tokens_are_equal_where_the_file_rounds_nothing(tmp_path: Path, decoder: str) -> None:
+    """Strictly, on 200 questions, with random weights as transformers draws them, stored in float16."""
+    student = make_student(tmp_path / "student", spread=1.0, half=True, decoder=decoder)
+    run = ["--target", "gguf", "--precision", "f16", "--student", str(student), "--out", str(tmp_path / "out")]
+    assert main([*run, "--samples", "200"]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.accuracy["n"] == 200
+    assert manifest.accuracy["tokens_equal"] >= 0.99
+    assert manifest.parity["worst"]["prefill"] <= 0.03
+    assert manifest.parity["worst"]["cosine"] >= 0.999
+
+
 def test_parts_have_types_of_their_own(exported: Callable[..., Any]) -> None:
     made = exported("gguf", "q4_k_m,vision=q8_0,embed=q8_0,head=q6_k", "siglip", "qwen3", tied=False)
     assert made.manifest.parity["failures"] == []
