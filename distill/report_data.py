@@ -52,8 +52,7 @@ def collect(out: Path, config: TrainConfig, shown: int = SHOWN) -> dict[str, Any
     run = load_run(starting_from(config, out / "student", plain=True))
     run.student.to(student_device())
     examples, split = _held_out(run)
-    within = at_hand(examples)
-    chosen = [examples[i * within // min(shown, within)] for i in range(min(shown, within))]
+    chosen = evenly(examples, shown)
     facts = {
         "environment": environment(),
         "data": _data_facts(run, config.seed),
@@ -70,6 +69,13 @@ def _held_out(run: Run) -> tuple[Examples, str]:
         if examples is not None:
             return examples, name
     return run.data.train, "training"
+
+
+def evenly(examples: Examples, count: int) -> list[Example]:
+    """At most `count` examples, evenly spread over those at hand."""
+    within = at_hand(examples)
+    count = min(count, within)
+    return [examples[i * within // count] for i in range(count)]
 
 
 def _data_facts(run: Run, seed: int) -> dict[str, Any]:

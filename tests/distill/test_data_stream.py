@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill import check, irs, visual
+from distill import check, irs, report_data, visual
 from distill.config import TrainConfig
 from distill.data import Collator, DataOptions, Streamed, StreamOptions, train_sampler, write_skipped
+from distill.run import Data
 from distill.train import train
 from tests.distill import data_sets
 from tests.distill.conftest import interrupt_at
@@ -76,6 +78,10 @@ def test_looking_before_training_reads_a_stream_no_further_than_its_head(
     assert pairs.looked_at <= 12
     drawn, _, _ = check._draw(one, seed=0)
     assert sorted(example.ids for example in drawn) == sorted(one[i].ids for i in range(12))
+    shown = report_data.evenly(one, 4)
+    assert [example.ids for example in shown] == [one[i].ids for i in (0, 3, 6, 9)]
+    facts = report_data._data_facts(SimpleNamespace(data=Data(one, None, None, {})), seed=0)  # type: ignore[arg-type]
+    assert facts["figures"]
     seen = visual.probe(one, 8, Collator(student.tokenizer.spec.pad_token_id))
     assert seen is not None
     assert one._next == 12, "training goes on from here"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from distill import access, packing, ribbon
+from distill import access, packing, report_data, ribbon
 from distill.attention import AttentionTap
 from distill.batch import Batch, Normaliser
 from distill.config import TERMS, Align, LossWeights
+from distill.data import Collator, Example
 from distill.groups import part_of
 from distill.objective import Objective
 from distill.teacher import LiveTeacher, candidate_hidden
@@ -176,7 +178,7 @@ def own_inputs(model: nn.Module, batch: Batch, images: int = 3) -> dict[str, Any
     return {"pixel_values": pixels[None]}
 
 
-def own_logits(model: nn.Module, batch: Batch) -> Tensor:
+def own_logits(model: nn.Module, batch: Batch, images: int = 3) -> Tensor:
     positions = {}
     if not model.config.model_type.startswith("qwen"):
         positions = {"position_ids": batch.position_BT}
@@ -187,7 +189,7 @@ def own_logits(model: nn.Module, batch: Batch) -> Tensor:
         attention_mask=batch.attention_mask_BT,
         use_cache=False,
         **positions,
-        **own_inputs(model, batch),
+        **own_inputs(model, batch, images),
     ).logits
 
 
@@ -306,6 +308,26 @@ def test_a_text_only_batch_needs_no_pixels(model: nn.Module) -> None:
         alone = access.gold_pass(model, text, keep_cache=False).hidden_BTD
         together = access.gold_pass(model, batch, keep_cache=False).hidden_BTD[2:]
     torch.testing.assert_close(alone[real(text)], together[real(text)], rtol=0, atol=1e-5)
+
+
+def test_an_answer_of_the_report_is_the_class_own(model: nn.Module) -> None:
+    """Token by token behind a cache, against whole forwards: positions of later tokens go on after the image's."""
+    batch = batch_of(model, left=False)
+    assert batch.pixels_NCHW is not None
+    size = int(batch.attention_mask_BT[1].sum())
+    ids = batch.input_ids_BT[1, :size]
+    spans = tuple("image" if token == IMAGE else "instruction" for token in ids.tolist())
+    prompt = Example(tuple(ids.tolist()), spans, (batch.pixels_NCHW[2].numpy(),))
+    tokenizer: Any = SimpleNamespace(
+        spec=SimpleNamespace(eos_token_ids=()), decode=lambda found: " ".join(map(str, found))
+    )
+    said = report_data.answer(model, prompt, tokenizer, Collator(PAD), 6)
+    row = ids[None]
+    for _ in range(6):
+        mask = torch.ones_like(row)
+        whole = Batch(row, mask, row == IMAGE, mask.bool(), mask.bool(), batch.pixels_NCHW[2:])
+        row = torch.cat((row, own_logits(model, whole, images=1)[:, -1:].argmax(-1)), dim=1)
+    assert said == " ".join(map(str, row[0, size:].tolist())) + " …"
 
 
 def test_an_unknown_class_is_refused() -> None:

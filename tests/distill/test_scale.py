@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from distill import processes
 from distill.config import Align, TrainConfig
 from distill.report import read_metrics
+from distill.run import load_run
+from distill.stages import read_plan
 from distill.stored import config_to_json
 from distill.train import train
 from tests.tiny import make_student
 from vlm import digits
+from vlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 20
@@ -78,16 +82,20 @@ def recipe(pieces: Path, out: Path, **changes: Any) -> TrainConfig:
     return dataclasses.replace(base, **changes)
 
 
-def launch(folder: Path, configs: list[TrainConfig], processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run configurations one after another in a group of processes that a launcher starts."""
+def launch(folder: Path, configs: list[TrainConfig]) -> subprocess.CompletedProcess[str]:
+    """Run configurations one after another in two processes that a launcher starts."""
     paths = []
     for number, config in enumerate(configs):
         paths.append(folder / f"config-{number}.json")
         paths[-1].write_text(json.dumps(config_to_json(config)))
     (folder / "child.py").write_text(CHILD)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return torchrun(str(folder / "child.py"), *map(str, paths))
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*launcher, str(folder / "child.py"), *map(str, paths)],
+        [*launcher, *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -128,3 +136,32 @@ def test_two_processes_give_the_curve_of_one(pieces: Path, tmp_path: Path) -> No
     assert "2 processes, the student sharded over them" in done.stderr
     assert_same_curve(whole.out, copied.out)
     assert_same_curve(whole.out, sharded.out)
+
+
+def test_stages_run_in_several_processes(pieces: Path, tmp_path: Path) -> None:
+    """The plan is written once, whoever comes first, and every stage starts when the one before is whole."""
+    names = ("student", "data", "batch_size", "lr", "threads", "report_to")
+    shared = {name: str(getattr(recipe(pieces, tmp_path), name)) for name in names}
+    lines = [f"{name}: {value}" for name, value in shared.items()]
+    lines += ["steps: 2", "visual_every: 0", "objective: sft", "group_by_length: false", "stages:"]
+    lines += ["  - name: first", "  - name: second"]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    out = tmp_path / "run"
+    done = torchrun("-m", "distill", "train", "--config", str(tmp_path / "recipe.yaml"), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert [stage.name for stage in read_plan(out)] == ["first", "second"]
+    whole, last, first = (
+        load_file(out / folder / "model.safetensors")
+        for folder in ("student", "stage-2-second/student", "stage-1-first/student")
+    )
+    assert all((value == last[name]).all() for name, value in whole.items())
+    assert any((value != first[name]).any() for name, value in whole.items())
+
+
+def test_every_process_needs_a_batch(pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 samples fill one batch of 40, not one in each of two processes."""
+    config = recipe(pieces, tmp_path / "run", objective="sft", batch_size=40)
+    assert len(load_run(config).data.train) == 60
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    with pytest.raises(UserError, match="60 training samples do not fill one batch of 40 in each of 2 processes"):
+        load_run(config)

@@ -17,7 +17,7 @@ from distill import checkpoint
 from distill.config import OBJECTIVES, Align, LossWeights, TrainConfig
 from distill.data import Collator, DigitsExamples, LlavaJson
 from distill.evaluate import greedy_matches, held_out_terms
-from distill.objective import Objective
+from distill.objective import VARIANCE, Objective, bounded
 from distill.reporter import drop_after
 from distill.stored import config_from_json
 from distill.teacher import LiveTeacher
@@ -365,3 +365,25 @@ def test_held_out_terms_do_not_depend_on_batches(models: Path) -> None:
     assert whole.keys() == parts.keys() == {"sft", "kd", "iva", "tpa", "loss"}
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_variance_that_one_batch_does_not_know(models: Path, order: int) -> None:
+    """A batch without images has no variance of iva; it is as if it were zero, in whichever batch it comes."""
+    student = open_checkpoint(models / "student")
+    drawn = DigitsExamples("validation", 2, student.tokenizer, student.image)
+    seen = drawn[0]
+    blind = [span != "image" for span in seen.spans]
+    ids, spans = (tuple(itertools.compress(x, blind)) for x in (seen.ids, seen.spans))
+    examples = [seen, dataclasses.replace(seen, ids=ids, spans=spans, pixels=())][::order]
+
+    class Sampled:
+        terms, weights = ("iva",), LossWeights()
+
+        def __call__(self, _model: Any, batch: Any, _normaliser: Any) -> tuple[None, dict[str, float]]:
+            return None, {"iva": 2.0, f"iva{VARIANCE}": 0.25} if batch.pixels_NCHW is not None else {"iva": 0.0}
+
+    objective: Any = Sampled()
+    collate = Collator(student.tokenizer.spec.pad_token_id)
+    found = held_out_terms(load_model(student), objective, examples, 2, collate, 1)
+    assert found == bounded({"iva": 2.0, f"iva{VARIANCE}": 0.25, "loss": 2.0})
