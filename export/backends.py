@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from export.parity import COSINE, GATES, Gate, mixed_gate, trt_gate
+from export.parity import GATES, Gate, gguf_gate, mixed_gate, trt_gate
 from export.replay import Backend
 from vlm.chat import ChatSpec, ChatTokenizer
 from vlm.errors import ArtifactError
@@ -39,14 +38,11 @@ def gate_of(manifest: Manifest) -> Gate:
     if manifest.format == "tensorrt" and not unknown:
         return trt_gate(kinds["vision_encoder"], kinds["decoder"], head)
     precision = kinds["decoder"]
-    gate = GATES.get((manifest.format, precision))
-    if gate is None or unknown:
+    if unknown or (manifest.format, precision) not in GATES:
         raise ArtifactError(
             f"no tolerance is known for {manifest.format} at {[*unknown, precision][0]!r}; export again"
         )
-    if manifest.format == "gguf":
-        return dataclasses.replace(gate, cosine=COSINE.get(kinds["vision_encoder"], gate.cosine))
-    return gate
+    return gguf_gate(kinds["vision_encoder"], kinds["embed_tokens"], precision, head)
 
 
 def open_backend(

@@ -97,18 +97,27 @@ def trt_gate(vision: str, decoder: str, head: str) -> Gate:
     return _coarsest(kinds, cosine=kinds[0].cosine)
 
 
+def gguf_gate(vision: str, embed: str, decoder: str, head: str) -> Gate:
+    """The same for a GGUF pair, with the types of its tensors; one without limits of its own counts as the decoder's."""
+    found = (GATES.get(("gguf", kind)) or GATES.get(("gguf", f"{kind}_m")) for kind in (vision, embed, head))
+    kinds = [GATES["gguf", decoder], *filter(None, found)]
+    return _coarsest(kinds, cosine=COSINE.get(vision, kinds[0].cosine))
+
+
 def _coarsest(kinds: Sequence[Gate], cosine: float, embedding: float = 0.0) -> Gate:
+    # a share of all rows says nothing about the worst case, nor the other way round
+    pooled = any(g.pooled for g in kinds)
     return Gate(
         prefill=max(g.prefill for g in kinds),
         decode=max(g.decode for g in kinds),
-        top1=min(g.top1 for g in kinds),
+        top1=min(g.top1 for g in kinds if g.pooled is pooled),
         kl=max(g.kl for g in kinds),
         cosine=cosine,
         tokens_equal=min(g.tokens_equal for g in kinds),
         accuracy_drop=max(g.accuracy_drop for g in kinds),
-        pooled=any(g.pooled for g in kinds),
+        pooled=pooled,
         embedding=embedding,
-        correlation=min(g.correlation for g in kinds),
+        correlation=min(g.correlation for g in kinds if g.pooled is pooled),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from export import to_gguf
+from export.backends import gate_of
 from export.cli import main
 from export.gguf_file import read_tensors
 from export.gguf_mmproj import by_depth, fitting
@@ -20,6 +21,7 @@ from export.gguf_quantise import plan, quantise
 from export.gguf_source import Weights
 from export.gguf_text import rope_factors
 from export.llama import LlamaBackend
+from export.parity import COSINE, GATES, gguf_gate, trt_gate
 from export.student import read_config, read_facts
 from tests.tiny import make_student
 from vlm.errors import ArtifactError, CheckpointError, UserError
@@ -75,6 +77,24 @@ def test_parts_have_types_of_their_own(exported: Callable[..., Any]) -> None:
     assert section["vision_encoder"]["type"] == "q8_0"
     assert 4 < section["decoder"]["bits_per_weight"] < 6
     assert section["decoder"]["imatrix"]["tokens"] > 400
+
+
+@pytest.mark.parametrize(("precision", "coarsest"), [("f16,vision=q8_0", "q8_0"), ("q8_0,embed=q4_0", "q4_0")])
+def test_mixed_kinds_are_held_to_the_coarsest(exported: Callable[..., Any], precision: str, coarsest: str) -> None:
+    """A pair of a float16 text file and an eight-bit mmproj is right, though no float16 file would be that far off."""
+    made = exported("gguf", precision, "siglip", "qwen2")
+    assert made.manifest.parity["failures"] == []
+    gate, alone = gate_of(made.manifest), GATES["gguf", coarsest]
+    assert dataclasses.replace(gate, cosine=0) == dataclasses.replace(alone, cosine=0)
+    assert gate.cosine == COSINE["q8_0" if "vision" in precision else "f16"]
+
+
+def test_a_finer_part_loosens_nothing() -> None:
+    """Nor does it switch a measure off that its own gate leaves out."""
+    for kind in ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq2_xs"):
+        mixed = gguf_gate("f16", "q8_0", kind, "q6_k" if kind in ("q5_k_m", "q4_k_m", "iq2_xs") else kind)
+        assert dataclasses.replace(mixed, cosine=GATES["gguf", kind].cosine) == GATES["gguf", kind], kind
+    assert trt_gate("fp16", "int8", "fp16").correlation == GATES["tensorrt", "int8"].correlation
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
