@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm import load
 from vlm.console import note
 from vlm.errors import UserError
 from vlm.files import atomic_dir, sha256_file, write_atomic
@@ -90,9 +91,9 @@ def _read(home: Path) -> dict[str, Any] | None:
 
 
 def code_sha256(*places: Path) -> str:
-    """Of program text, files or whole folders, by default this room's: stages of another version are made again."""
+    """Of program text, files or whole folders, by default this room's and vlm's: stages of another version are made again."""
     digest = hashlib.sha256()
-    for place in places or (Path(__file__).parent,):
+    for place in places or (Path(__file__).parent, Path(load.__file__).parent):
         for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
             digest.update(path.relative_to(place).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

@@ -14,18 +14,21 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+import export
+import vlm
 from export import to_onnx, to_tensorrt
 from export.artefact import build
 from export.cli import main
 from export.options import ExportOptions
 from export.parity import GATES
 from export.precision import parse_precision
-from export.stages import Stages
+from export.stages import Stages, code_sha256
 from export.student import open_student
 from export.trt_precision import parse_trt_precision
 from export.verify import verify
@@ -108,6 +111,15 @@ def test_whatever_a_student_says_of_itself_is_in_the_key(
         (directory / name).write_text((directory / name).read_text() + "\n")
         keys.append(_key(opened.student, directory, target))
     assert len(set(keys)) == 1 + len(FILES)
+
+
+@pytest.mark.parametrize("package", [export, vlm])
+def test_the_text_of_both_packages_is_in_the_key(monkeypatch: pytest.MonkeyPatch, package: ModuleType) -> None:
+    """An upgrade between an interrupted export and its next run may read a student differently."""
+    before, read = code_sha256(), Path.read_bytes
+    folder = Path(package.__file__ or "").parent
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path == folder / "__init__.py"))
+    assert code_sha256() != before
 
 
 def test_another_converter_is_in_the_key(students: Callable[..., Any], tmp_path: Path) -> None:
