@@ -42,6 +42,7 @@ __all__ = ["Engine", "EngineLike", "EngineStats", "EventStream", "Listener", "Wa
 
 WARMUP_SIDE = 224
 REST_S = 0.001
+LEFT_S = 10.0  # for a call that somebody gave up on
 LAST = (Done, Failed)  # not `Done | Failed`: that makes a new type object each time it is evaluated
 
 
@@ -300,7 +301,8 @@ class Engine:
                 last = Failed(error)
             self._running, self._requests = False, self._requests + 1
             self._end(job, last)
-        self._backend.close()
+        if self._shared.patience.finished(LEFT_S):  # else a call that was left still reads the model
+            self._backend.close()
 
     def _end(self, job: Job, last: Event | Failed) -> None:
         try:

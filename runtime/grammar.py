@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,13 @@ from vlm.errors import UserError
 
 MAX_GRAMMAR = 100_000
 MAX_DEPTH = 32
+# llama.cpp's parser calls itself for every bracket; at some ten thousand the stack ends, and the process with it
+MAX_BRACKETS = 2000
+# every repetition is written out
+MAX_REPEATS = 1000
+COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
+NO_BRACKET = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
+BRACES = re.compile(r"\{(\d*),?(\d*)\}")
 
 
 class LlamaGrammar:
@@ -24,6 +33,10 @@ class LlamaGrammar:
         text = sampling.grammar or _gbnf(sampling.json_schema)
         if len(text) > MAX_GRAMMAR:
             raise UserError(f"the grammar has {len(text)} characters, more than {MAX_GRAMMAR}; make it smaller")
+        if (depth := _brackets(text)) > MAX_BRACKETS:
+            raise UserError(
+                f"the grammar has {depth} brackets in each other, more than {MAX_BRACKETS}; make it simpler"
+            )
         self._sampler = llama.llama_sampler_init_grammar(vocab, text.encode(), b"root")
         if not self._sampler:
             raise UserError("the grammar is not valid GBNF with a rule `root`; check it with llama.cpp's grammar guide")
@@ -57,6 +70,7 @@ def _gbnf(schema_json: str) -> str:
         schema = json.loads(schema_json)
         if not isinstance(schema, dict) or _depth(schema) > MAX_DEPTH:
             raise UserError(f"the JSON schema must be an object nested at most {MAX_DEPTH} deep")
+        _refuse_long(schema)
         return str(json_schema_to_gbnf(json.dumps(schema)))
     except UserError:
         raise
@@ -67,3 +81,29 @@ def _gbnf(schema_json: str) -> str:
 def _depth(value: Any) -> int:
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max((_depth(child) for child in children), default=0)
+
+
+def _refuse_long(value: Any) -> None:
+    """Refuse repetitions that would fill the memory before anybody could count the characters."""
+    if isinstance(value, dict):
+        for name in COUNTS:
+            _refuse_count(name, value.get(name))
+        if isinstance(pattern := value.get("pattern"), str):
+            counts = (max(int(low or 1), int(high or 1), 1) for low, high in BRACES.findall(pattern))
+            _refuse_count("pattern", math.prod(counts))
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_long(child)
+
+
+def _refuse_count(name: str, count: Any) -> None:
+    if isinstance(count, (int, float)) and count > MAX_REPEATS:
+        raise UserError(f"the JSON schema repeats {count} times ({name}), more than {MAX_REPEATS}; ask for fewer")
+
+
+def _brackets(text: str) -> int:
+    """How deep round brackets stand in each other, outside of literals, character classes and comments."""
+    depth = deepest = 0
+    for character in NO_BRACKET.sub("", text):
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    return deepest

@@ -38,6 +38,7 @@ from runtime.api import (
 from runtime.cache import Context, ImageCache, prompt_keys
 from runtime.clock import Clock
 from runtime.images import decode_image
+from runtime.patience import Patience, Watched
 from runtime.sampling import Sampler
 from runtime.text import Detokenizer, StopStrings, TableDetokenizer
 from vlm.errors import UserError
@@ -69,6 +70,7 @@ class Shared:
     Attributes:
         prefill_chunk: prompt tokens between two looks at the cancel flag.
         pieces: text of every token by itself, from a backend that knows.
+        patience: for grammars.
     """
 
     clock: Clock
@@ -77,6 +79,7 @@ class Shared:
     closing: threading.Event
     prefill_chunk: int
     pieces: Mapping[int, str | bytes] | None = None
+    patience: Patience = field(default_factory=Patience)
 
 
 class _Stopped(Exception):
@@ -168,7 +171,8 @@ class StepRun(_Timed):
                 f"backend {self.backend.info.backend} cannot hold answers to a grammar or JSON schema; "
                 "use a GGUF artefact or leave it out"
             )
-        return self.backend.constrain(self.job.sampling)
+        backend = self.backend
+        return Watched(lambda: backend.constrain(self.job.sampling), self.shared.patience, self._check)
 
     def _decode_images(self) -> list[Message]:
         files = 0

@@ -106,6 +106,12 @@ def test_answers_follow_a_grammar(gguf_artifact: Path) -> None:
         ({"json_schema": "{"}, "JSON schema cannot be used"),
         ({"json_schema": "[]"}, "must be an object"),
         ({"json_schema": '{"a":' * 40 + "1" + "}" * 40}, "at most 32 deep"),
+        # more of them end the process: llama.cpp calls itself for each
+        ({"grammar": "root ::= " + "(" * 20000 + '"a"' + ")" * 20000}, "20000 brackets in each other"),
+        ({"grammar": "root ::= " + '"(" [(] # (\n' + "(" * 3000 + '"a"' + ")" * 3000}, "3000 brackets in each other"),
+        ({"json_schema": '{"type": "array", "minItems": 1000000000}'}, "repeats 1000000000 times .minItems"),
+        ({"json_schema": '{"items": [{"type": "string", "maxLength": 1e12}]}'}, "times .maxLength"),
+        ({"json_schema": '{"type": "string", "pattern": "^((a{90}){90}){,90}$"}'}, "repeats 729000 times .pattern"),
     ],
 )
 def test_wrong_grammars_are_the_users_mistake(gguf_artifact: Path, wrong: dict[str, str], message: str) -> None:
