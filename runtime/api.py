@@ -64,7 +64,7 @@ class ContextOverflow(UserError):
         )
         self.need, self.have = need, have
 
-    def __reduce__(self) -> tuple[type[ContextOverflow], tuple[int, int]]:
+    def __reduce__(self) -> tuple[type[ContextOverflow], tuple[Any, ...]]:
         return ContextOverflow, (self.need, self.have)  # by default an exception is copied by its message
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from runtime.api import (
+    ContextOverflow,
     EncodedImage,
     Finish,
     Image,
@@ -33,7 +34,7 @@ from runtime.api import (
 )
 from runtime.images import to_pillow
 from runtime.options import LoadOptions
-from vlm.errors import MissingPiece, UserError
+from vlm.errors import BadImage, MissingPiece, UserError
 
 CONNECT_S = 10.0
 SILENCE_S = 600.0
@@ -41,6 +42,7 @@ WATCH_S = 0.05
 MAX_REPLY = 1 << 20
 KEY_VARIABLE = "ALIGN_EDGE_API_KEY"
 FINISH: dict[str, Finish] = {"stop": "stop", "length": "length"}
+TOO_LONG = (ContextOverflow.code, "context_length_exceeded")
 MAGIC = (
     (b"\x89PNG", "image/png"),
     (b"\xff\xd8", "image/jpeg"),
@@ -50,15 +52,29 @@ MAGIC = (
 )
 
 
+class TooLong(ContextOverflow):
+    """In the server's words; how many tokens it counted is its own affair."""
+
+    def __init__(self, text: str) -> None:
+        UserError.__init__(self, text)
+
+    def __reduce__(self) -> tuple[type[TooLong], tuple[Any, ...]]:
+        return TooLong, (self.message,)
+
+
 class OpenAiBackend:
     """See `runtime.api.StreamBackend`. One connection per request, closed by a watcher when the request is stopped."""
 
     def __init__(self, url: str, options: LoadOptions) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            self._host, self._port = parts.hostname or "", parts.port
+            self._host.encode("idna")
+        except ValueError:  # a port beyond 65535, half a bracket, an empty label
+            parts, self._host = urlsplit(""), ""
+        if parts.scheme not in ("http", "https") or not self._host:
             raise UserError(f"{url!r} is not an address; write http://127.0.0.1:8080")
         self._url, self._tls = url, parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port
         self._base = parts.path.rstrip("/").removesuffix("/v1")
         self._key = os.environ.get(KEY_VARIABLE, "")
         name = self._model_name()
@@ -141,15 +157,21 @@ def _watch(connection: socket.socket, stopped: Callable[[], bool], ended: thread
 
 
 def _refusal(status: int, body: bytes) -> Exception:
+    code = ""
     try:
-        message = str(json.loads(body)["error"]["message"])
+        error = json.loads(body)["error"]
+        message, code = str(error["message"]), str(error.get("code"))
     except (ValueError, LookupError, TypeError):
         message = body[:200].decode("utf-8", "replace")
     if status == 429:
         return QueueFull(f"the server is busy ({message})")
     if status >= 500:
         return ModelFailed(f"the server answers {status} ({message})")
-    return UserError(f"the server refuses the request: {status}, {message}")
+    text = f"the server refuses the request: {status}, {message}"
+    if code in TOO_LONG:
+        return TooLong(text)
+    # a body that is too large is so by its images
+    return BadImage(text) if status == 413 or code == BadImage.code else UserError(text)
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -169,7 +191,9 @@ def _replies(events: Iterator[dict[str, Any]]) -> Generator[str | Reported, None
     timings: dict[str, Any] = {}
     for event in events:
         if "error" in event:
-            raise ModelFailed(f"the server failed in the middle ({event['error'].get('message', 'no message')})")
+            error = event["error"]
+            message = error.get("message", "no message") if isinstance(error, dict) else error
+            raise ModelFailed(f"the server failed in the middle ({message})")
         usage = event.get("usage") or usage
         timings = event.get("timings") or timings
         for choice in event.get("choices") or ():
@@ -203,7 +227,6 @@ def request_json(model: str, messages: Sequence[Message], sampling: Sampling, re
     }
     extra = {
         "stop": list(sampling.stop),
-        "seed": sampling.seed,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
         "repetition_penalty": 0 if sampling.repetition_penalty == 1 else sampling.repetition_penalty,
@@ -211,6 +234,8 @@ def request_json(model: str, messages: Sequence[Message], sampling: Sampling, re
         "grammar": sampling.grammar,
     }
     value.update({name: setting for name, setting in extra.items() if setting})
+    if sampling.seed is not None:  # zero is a seed too
+        value["seed"] = sampling.seed
     if sampling.json_schema:
         schema = {"name": "answer", "schema": json.loads(sampling.json_schema)}
         value["response_format"] = {"type": "json_schema", "json_schema": schema}

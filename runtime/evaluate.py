@@ -37,6 +37,7 @@ from vlm.scoring.choice import MODES
 from vlm.scoring.summary import Record, Summary
 
 RUNS = Path("runs/eval")
+JUDGED = "mme-reasoning"  # whose open questions no rule decides well
 SHOWN = 40  # lines of the breakdown printed to a terminal
 
 
@@ -86,6 +87,8 @@ def evaluate(
         note(f"{task.name}: {task.note}")
     checked = check_items(task.items)
     _refuse_missing(task, checked, options.missing)
+    if options.judge and task.name != JUDGED:
+        raise UserError(f"--judge is for {JUDGED}; answers of {task.name} are read by rules: leave it out")
     limit = options.max_new_tokens or task.max_new_tokens
     address = str(arguments.artifact) if str(arguments.artifact).startswith(ADDRESSES) else ""
     if options.concurrency > 1 and not address:
@@ -164,6 +167,13 @@ def _identity(
             raise UserError(f"{root} is not a directory; name an artefact, a checkpoint directory or a server")
         artefact = artefact_digest(root) if root.is_dir() else str(root)
     settings = {"max_new_tokens": limit, "context": loading.context}  # which questions: the data's digest says that
+    if not served:  # what else changes answers, where it is not as usual
+        usual = LoadOptions()
+        settings |= {
+            name: getattr(loading, name)
+            for name in ("kv", "provider", "latents")
+            if getattr(loading, name) != getattr(usual, name)
+        }
     return Identity(
         task.name,
         artefact,
@@ -191,7 +201,7 @@ def _report(
     timing: dict[str, Any],
 ) -> int:
     benchmark = BENCHMARKS[task.name]
-    mode = options.mode or benchmark.mode
+    mode = (options.mode if benchmark.strict else "") or benchmark.mode
     records = [record_of(item, answers[item.id], mode, task.name) for item in task.items]
     if options.mode and benchmark.strict is None:
         note(f"{task.name}: replies are read in one way only; --mode plays no part")
@@ -207,6 +217,7 @@ def _report(
     else:
         value = result(task.name, benchmark.summarise(records), records, mode)
         value |= {"artifact": str(arguments.artifact), "out": str(root), "identity": vars(identity)}
+        value["judge"] = options.judge or None
         _print(value)
     value |= {"note": task.note, "submission": submission, **timing}
     write_atomic(root / "result.json", json.dumps({"schema": SCHEMA, **value}, indent=1) + "\n")

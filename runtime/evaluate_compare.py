@@ -48,6 +48,17 @@ def compare(arguments: argparse.Namespace) -> int:
             f"replies were read in mode {first['mode']} and {second['mode']}; evaluate one again with "
             f"`--mode {first['mode']}` (no model is run for it)"
         )
+    if first.get("judge") != second.get("judge"):
+        raise UserError(
+            f"open questions were decided by {_decided(first)} and by {_decided(second)}; evaluate one again "
+            "as the other (no model is run for it)"
+        )
+    questions = [value.get("identity", {}).get("data") for value in (first, second)]
+    if questions[0] != questions[1]:
+        raise UserError(
+            f"{arguments.before} and {arguments.after} are over other questions (or images, or answers); "
+            "use the same --data, --split, --seed and --samples"
+        )
     summaries = [BENCHMARKS[first["task"]].summarise(records) for records in (a, b)]
     try:
         found = paired(summaries[0], summaries[1])
@@ -73,6 +84,10 @@ def compare(arguments: argparse.Namespace) -> int:
     if found.p < ALPHA and found.difference < 0 and "worse" in arguments.fail_if:
         raise GateFailed(f"{arguments.after} is worse by {-found.difference:.4g} (p = {found.p:.2g})")
     return 0
+
+
+def _decided(value: dict[str, Any]) -> str:
+    return f"the judge at {value['judge']}" if value.get("judge") else "rules"
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], list[Record]]:

@@ -192,7 +192,9 @@ def mmvp(options: TaskOptions) -> Task:
     if source is not None:
         rows = separated(source)
         folder = options.images or find(root, "MMVP Images", "images") or root / "MMVP Images"
-        rows = [{**row, "image": FilePicture(folder / f"{row.get('Index')}.jpg")} for row in rows]
+        # the published file calls its first column `lndex`, with a small L
+        rows = [{**row, "Index": row.get("Index") or row.get("lndex") or number} for number, row in enumerate(rows, 1)]
+        rows = [{**row, "image": FilePicture(folder / f"{row['Index']}.jpg")} for row in rows]
     else:
         tables = parquet_files(root, "data/*.parquet", "*.parquet")
         if not tables:

@@ -69,7 +69,7 @@ def _generic(row: Row, number: int, source: Path, folder: Path) -> Item:
     row = _from_conversation(row) if "conversations" in row else row
     required(row, ("question",), source, number)
     answer = row.get("answer", row.get("answers"))
-    if answer is None:
+    if answer is None or answer == []:
         raise DataError(f"{source}, record {number}: no 'answer'")
     metric = str(row.get("metric") or ("choice" if row.get("options") else "exact"))
     if metric not in CHECKS:
@@ -80,6 +80,8 @@ def _generic(row: Row, number: int, source: Path, folder: Path) -> Item:
     if metric == "choice" and not options:
         raise DataError(f"{source}, record {number}: metric 'choice' needs 'options'")
     cells = row.get("images") or ([row["image"]] if row.get("image") else [])
+    if not isinstance(cells, list) or not all(isinstance(cell, (str, FilePicture, LazyPicture)) for cell in cells):
+        raise DataError(f"{source}, record {number}: images are {str(cells)[:60]}; give names of files")
     pictures = tuple(_picture(cell, folder) for cell in cells)
     group = {"category": str(row.get("category") or "")}
     return Item(str(row.get("id", number)), str(row["question"]), pictures, truth, group)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from runtime import load
-from runtime.api import Done, EncodedImage, Message, ModelFailed, QueueFull, Sampling, Token
+from runtime.api import ContextOverflow, Done, EncodedImage, Message, ModelFailed, QueueFull, Sampling, Token
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.backend_openai import OpenAiBackend, request_json
 from runtime.engine import Engine
 from runtime.images import answer, question
 from runtime.latency import timing
 from runtime.options import LoadOptions
-from vlm.errors import UserError
+from vlm.errors import BadImage, UserError
 
 from .serving import png, running
 
@@ -68,6 +68,7 @@ def test_only_what_asks_for_something_is_sent() -> None:
     plain = request_json("m", [question("x")], Sampling(), "all")
     assert set(plain) == {"model", "messages", "max_tokens", "temperature", "top_p", "stream", "stream_options"}
     full = Sampling(top_k=3, min_p=0.1, repetition_penalty=1.2, seed=1, ignore_eos=True, json_schema="{}")
+    assert request_json("m", [question("x")], Sampling(seed=0), "all")["seed"] == 0
     assert {"top_k", "min_p", "repetition_penalty", "seed", "ignore_eos", "response_format", "cache_prompt"} <= set(
         request_json("m", [question("x")], full, "none")
     )
@@ -84,8 +85,9 @@ def test_errors_of_the_server_keep_their_meaning(address: str) -> None:
 def test_addresses_are_checked() -> None:
     with pytest.raises(UserError, match="nothing answers at"):
         load("http://127.0.0.1:1")
-    with pytest.raises(UserError, match="is not an address"):
-        OpenAiBackend("http://", LoadOptions())
+    for wrong in ("http://", "http://127.0.0.1:99999", "http://[::1", "http://foo..bar", "http://a:b"):
+        with pytest.raises(UserError, match="is not an address"):
+            OpenAiBackend(wrong, LoadOptions())
     with pytest.raises(UserError, match="backend openai takes an address"):
         load("folder", backend="openai")
 
@@ -164,10 +166,16 @@ def test_a_server_that_does_not_count_leaves_tpot_unknown() -> None:
     [
         (reply(b"{}", "429 Too Many"), QueueFull, "busy"),
         (reply(b'{"error": {"message": "no"}}', "400 Bad"), UserError, "refuses the request: 400, no"),
+        (reply(b'{"error": {"message": "9 > 4", "code": "context_overflow"}}', "400 Bad"), ContextOverflow, "9 > 4"),
+        (reply(b'{"error": {"message": "9 > 4", "code": "context_length_exceeded"}}', "400 Bad"), ContextOverflow, ""),
+        (reply(b'{"error": {"message": "no GIF", "code": "bad_image"}}', "400 Bad"), BadImage, "no GIF"),
+        (reply(b'{"error": {"message": "64 MB"}}', "413 Large"), BadImage, "64 MB"),
+        (reply(b'{"error": "no such model"}', "404 Bad"), UserError, "404"),
         (reply(b"oops", "500 Bad"), ModelFailed, "answers 500"),
         (reply(chunk("half")), ModelFailed, "ended its stream without saying why"),
         (reply(b"data: {nonsense\n\n"), ModelFailed, "broke off"),
         (reply(b'data: {"error": {"message": "late"}}\n\n'), ModelFailed, "failed in the middle"),
+        (reply(b'data: {"error": "late"}\n\n'), ModelFailed, "failed in the middle .late."),
         (b"\x00\x01", ModelFailed, "broke off"),
         (b"", ModelFailed, "broke off"),
     ],

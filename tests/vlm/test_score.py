@@ -121,6 +121,14 @@ def test_permutation_of_f1_against_enumeration() -> None:
     assert found.p == pytest.approx(sum(exchanged) / len(exchanged), abs=0.02)
 
 
+@pytest.mark.parametrize(("truth", "expected"), [("yes", 2 / 3), ("no", 2 / 3)])
+def test_a_question_that_was_not_asked_is_wrong_in_f1_too(truth: str, expected: float) -> None:
+    """An empty reply is read as no, which would be right for half of the questions."""
+    asked = {"id": "a", "group": {"split": "s"}, "truth": {"answer": "yes"}, "parsed": "yes", "score": 1.0}
+    lost = {**asked, "id": "b", "truth": {"answer": truth}, "parsed": None, "score": 0.0, "error": "image_missing"}
+    assert BENCHMARKS["pope"].summarise([asked, lost]).score == pytest.approx(expected)
+
+
 def test_runs_over_other_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="1 questions are only in one"):
         paired(_summary([1.0, 0.0]), _summary([1.0]))

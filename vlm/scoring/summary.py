@@ -100,7 +100,11 @@ def pope(records: Sequence[Record]) -> Summary:
     parts: dict[str, Part] = {}
     units = []
     for split, some in by(records, "split").items():
-        pairs = [(r["parsed"] == "yes", r["truth"]["answer"] == "yes") for r in some]
+        wanted = [r["truth"]["answer"] == "yes" for r in some]
+        # what was not asked counts as wrong, which an empty reply, read as no, need not be
+        pairs = [
+            (r["parsed"] == "yes" if not r.get("error") else not is_, is_) for r, is_ in zip(some, wanted, strict=True)
+        ]
         rows = [(float(said and is_), float(said and not is_), float(not said and is_)) for said, is_ in pairs]
         units += [Unit(r["id"], split, row) for r, row in zip(some, rows, strict=True)]
         hit, wrong, missed = (sum(column) for column in zip(*rows, strict=True))

@@ -127,8 +127,22 @@ def test_compare(tmp_path: Path, model: Scripted, capsys: pytest.CaptureFixture[
 def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, model: Scripted) -> None:
     evaluate(make_data(tmp_path / "d"), tmp_path / "a")
     evaluate(make_data(tmp_path / "e", 10), tmp_path / "b")
-    with pytest.raises(UserError, match="questions are only in one of the runs"):
+    with pytest.raises(UserError, match="are over other questions"):
         cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    other = make_data(tmp_path / "f")  # the same ids, another question
+    (other / "task.json").write_text((other / "task.json").read_text().replace("Say 7", "Tell 7"))
+    evaluate(other, tmp_path / "c")
+    with pytest.raises(UserError, match="are over other questions"):
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "c")])
+    judged = json.loads((tmp_path / "a/result.json").read_text()) | {"judge": "http://judge"}
+    (tmp_path / "d2").mkdir()
+    (tmp_path / "d2/result.json").write_text(json.dumps(judged))
+    (tmp_path / "d2/samples.jsonl").write_bytes((tmp_path / "a/samples.jsonl").read_bytes())
+    with pytest.raises(UserError, match="decided by rules and by the judge at http://judge"):
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "d2")])
+    # a task with one reading has one, whatever --mode says
+    evaluate(tmp_path / "d", tmp_path / "a2", "--mode", "strict")
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "a2")]) == 0
     with pytest.raises(UserError, match="holds no finished evaluation"):
         cli.main(["compare", str(tmp_path / "a"), str(tmp_path)])
     with pytest.raises(UserError, match="for evaluations write `--fail-if worse`"):
@@ -143,6 +157,7 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path, model: Scripted
         (["--concurrency", "2"], "--concurrency is for servers"),
         (["--batch", "0"], "--batch is 0"),
         (["--samples", "-1"], "is not a whole number"),
+        (["--judge", "http://127.0.0.1:1"], "--judge is for mme-reasoning"),
         (["--missing", "maybe"], "invalid choice: 'maybe'"),
         (["--images", "nowhere"], "images of json are missing"),
     ],

@@ -93,7 +93,7 @@ def test_a_finished_run_needs_no_model(tmp_path: Path, model: Scripted) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [("artefact", "artefact"), ("question", "data"), ("answer", "data"), ("image", "data"), ("tokens", "settings"),
-     ("samples", "data")],
+     ("kv", "settings"), ("latents", "settings"), ("provider", "settings"), ("samples", "data")],
 )  # fmt: skip
 def test_a_change_refuses_to_resume(tmp_path: Path, model: Scripted, change: str, named: str) -> None:
     data = make_data(tmp_path / "d")
@@ -110,7 +110,13 @@ def test_a_change_refuses_to_resume(tmp_path: Path, model: Scripted, change: str
     elif change == "image":
         (data / "3.png").write_bytes(png(99))
     else:
-        more = ["--max-new-tokens", "3"] if change == "tokens" else ["--samples", "5"]
+        more = {
+            "tokens": ["--max-new-tokens", "3"],
+            "kv": ["--kv", "q8_0"],
+            "latents": ["--latents", "prefill"],
+            "provider": ["--provider", "tensorrt"],
+            "samples": ["--samples", "5"],
+        }[change]
     with pytest.raises(UserError, match=f"holds answers for another {named};"):
         evaluate(data, tmp_path / "out", *more, artefact=artefact)
     assert (tmp_path / "out/predictions.jsonl").read_bytes() == before

@@ -238,6 +238,10 @@ def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path, task: str) -> 
         ("scienceqa", "problems.json", '{"1": {"question": "x", "choices": "ab", "answer": "z"}}'),
         ("json", "t.json", '[{"question": "x", "answer": "y", "options": 3}]'),
         ("json", "t.json", '[{"conversations": 1}]'),
+        ("json", "t.json", '[{"question": "x", "answers": []}]'),
+        ("json", "t.json", '[{"question": "x", "answer": "y", "image": 7}]'),
+        ("json", "t.json", '[{"question": "x", "answer": "y", "images": [{"path": "a.png"}]}]'),
+        ("json", "t.json", '[{"question": "x", "answer": "y", "images": "a.png"}]'),
     ],
 )
 def test_rows_of_the_wrong_kind_are_one_line(tmp_path: Path, task: str, name: str, text: str) -> None:

@@ -188,7 +188,7 @@ MMVP = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "as published", "parquet"])
 def test_mmvp(tmp_path: Path, kind: str) -> None:
     rows: list[dict[str, Any]] = []
     for n, (_, first, _, second) in enumerate(MMVP):
@@ -204,11 +204,12 @@ def test_mmvp(tmp_path: Path, kind: str) -> None:
                     "Correct Answer": f"({right})",
                 }
             )
-    if kind == "csv":
+    if kind != "parquet":
         with (tmp_path / "d/Questions.csv").open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0]))
+            name = {"Index": "Index" if kind == "csv" else "lndex"}
+            writer = csv.DictWriter(f, [name.get(key, key) for key in rows[0]])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({name.get(key, key): value for key, value in row.items()} for row in rows)
     else:
         _parquet(
             tmp_path / "d/data/train-0.parquet", [{**row, "image": _image(tmp_path, row["Index"])} for row in rows]
