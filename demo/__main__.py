@@ -164,8 +164,9 @@ def _serve(engines: Engines, default: str, folder: Path, options: Options) -> No
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    port = options.port or free_port(options.host)
+    port = options.port
     try:
+        port = port or free_port(options.host)
         _, local, public = blocks.launch(
             server_name=options.host,
             server_port=port,

@@ -58,6 +58,11 @@ class Feed:
         return frame
 
     @property
+    def waits(self) -> bool:
+        """Whether there is a frame to take."""
+        return self._waiting is not None
+
+    @property
     def silent(self) -> bool:
         """No frame for STALE_NS, or closed: nobody looks at the answers any more."""
         return self.closed or self.clock.now_ns() - self._last_ns > STALE_NS

@@ -43,7 +43,8 @@ class Session:
     Attributes:
         pictures: what the next question is about.
         shown: the chat already shows these pictures.
-        given: the conversation the model gets already holds them.
+        given: the images at the end of the conversation the model gets; the next question needs others only.
+        sent: those of the question that is being answered, whatever is chosen meanwhile.
         messages: the chat as the widget takes it.
         turns: the conversation as the model takes it.
         question: what the next answer is for; "" when there is nothing to answer.
@@ -55,7 +56,8 @@ class Session:
 
     pictures: tuple[Picture, ...] = ()
     shown: bool = False
-    given: bool = False
+    given: tuple[Picture, ...] | None = None
+    sent: tuple[Picture, ...] = ()
     messages: list[dict[str, Any]] = field(default_factory=list)
     turns: list[Message] = field(default_factory=list)
     question: str = ""
@@ -67,7 +69,7 @@ class Session:
 
     def show(self, pictures: Sequence[Picture]) -> None:
         """From now on questions are about these images."""
-        self.pictures, self.shown, self.given = tuple(pictures), False, False
+        self.pictures, self.shown, self.given = tuple(pictures), False, None
 
     def asks(self, question: str, remember: bool) -> list[Message]:
         """The conversation to send: all of it, or this question and its images alone.
@@ -75,7 +77,8 @@ class Session:
         Args:
             remember: earlier questions and answers are part of it, so images told once are not sent again.
         """
-        if remember and self.given:
+        self.sent = self.pictures
+        if remember and self.given is self.pictures:
             return [*self.turns, question_message(question)]
         asked = question_message(question, *(picture.image for picture in self.pictures))
         return [*self.turns, asked] if remember else [asked]
@@ -83,12 +86,12 @@ class Session:
     def heard(self, asked: Sequence[Message], said: str) -> None:
         """Keep a question and its answer for follow-ups; an empty answer leaves nothing to refer to."""
         if said:
-            self.turns, self.given = [*asked, answer_message(said)], True
+            self.turns, self.given = [*asked, answer_message(said)], self.sent
 
     def forget(self) -> None:
         """A new conversation about the same images."""
         self.stop()
-        self.cancel, self.messages, self.turns, self.shown, self.given = None, [], [], False, False
+        self.cancel, self.messages, self.turns, self.shown, self.given = None, [], [], False, None
 
     def stop(self) -> None:
         if self.cancel is not None:

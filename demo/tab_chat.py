@@ -145,6 +145,8 @@ class Handlers:
         try:
             sampling = sampling_of(*controls)
             async with self.engines.wanted(cancel) as mine:
+                if session.cancel is not cancel:
+                    return
                 if not mine:
                     session.messages = [*earlier, _assistant(STOPPED)]
                     yield {self.w.chat: session.messages}
@@ -170,6 +172,8 @@ class Handlers:
             problem = error.message
         except Exception as error:
             problem = failure(error)
+        if session.cancel is not cancel:
+            return
         session.messages = [*earlier, _assistant(said or "No answer.")]
         yield {self.w.chat: session.messages, self.w.notice: page.notice(problem)}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from demo import page
 from demo.answering import Run, replies
-from demo.camera import Feed, Frame, frame_bytes
+from demo.camera import Feed, frame_bytes
 from demo.instruments import Instruments
 from demo.session import Engines, Session
 from demo.tab_chat import LONGEST_QUESTION, failure
@@ -66,20 +66,20 @@ class Handlers:
     async def _serve(self, feed: Feed) -> None:
         """Answer the newest frame, again and again, until the camera falls silent."""
         while not feed.silent:
-            frame = feed.take()
-            if frame is None:
+            if not feed.waits:
                 await asyncio.sleep(LOOK_S)
                 continue
             try:
-                await self._answer(feed, frame)
+                await self._answer(feed)
             except ToolError as error:
                 feed.html = page.notice(error.message)
             except Exception as error:
                 feed.html = page.notice(failure(error))
 
-    async def _answer(self, feed: Feed, frame: Frame) -> None:
+    async def _answer(self, feed: Feed) -> None:
         async with self.engines.turn:  # one frame at a time: a question in the chat waits for one at most
-            if feed.silent:
+            frame = feed.take()  # while others had the model, newer ones came
+            if feed.silent or frame is None:
                 return
             engine = await asyncio.to_thread(self.engines.use, feed.model)
             label = self.engines.entries[feed.model].label

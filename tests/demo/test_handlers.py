@@ -151,6 +151,32 @@ def test_a_new_chat_stops_the_answer_and_keeps_the_image() -> None:
     assert (session.messages, session.turns, session.pictures) == ([], [], (BROKEN,))
 
 
+@pytest.mark.parametrize("when", ["waiting", "loading"])
+def test_a_new_chat_stays_empty_whatever_becomes_of_the_old_question(when: str) -> None:
+    session = asked()
+
+    def loader(path: Path) -> Engine:
+        on.new_chat(session)  # while the model loads, which then fails
+        raise MissingPiece("pip install onnxruntime")
+
+    on = handlers(loader)
+
+    async def go() -> list[dict[Any, Any]]:
+        if when == "loading":
+            return [update async for update in on.answer(session, "m", True, *CONTROLS)]
+        async with on.engines.turn:
+            answer = on.answer(session, "m", True, *CONTROLS)
+            waiting = asyncio.ensure_future(anext(answer, {}))
+            await asyncio.sleep(0)
+            on.new_chat(session)
+            return [await waiting, *[update async for update in answer]]
+
+    last = asyncio.run(go())[-1]
+    assert not last.get("notice")
+    assert session.messages == []
+    assert on.end(session)[0] == []
+
+
 def test_a_session_that_expired_starts_over() -> None:
     on = handlers()
     assert NO_IMAGE in on.begin(None, "what ?")["notice"]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from demo.camera import STALE_NS, Feed, frame_bytes
 from demo.catalogue import Entry
 from demo.instruments import Instruments
 from demo.session import Engines, Session
 from demo.tab_live import Handlers
-from runtime.api import EncodedImage
+from runtime.api import EncodedImage, Message
+from runtime.api import Image as RgbImage
 from runtime.backend_fake import FakeBackend, FakeScript
 from runtime.clock import VirtualClock
 from tests.demo.conftest import GatedBackend, WatchedEngine
@@ -89,6 +93,40 @@ def test_frames_are_answered_while_newer_ones_replace_each_other(png: bytes) -> 
     assert dropped >= 4  # of five that came while the first was answered, the newest was taken
     assert ">ab</p>" in html
     assert "Time to answer" in html
+
+
+def test_the_newest_frame_is_answered_when_others_had_the_model() -> None:
+    seen = []
+
+    def reply(messages: Sequence[Message]) -> str:
+        (image,) = (part for part in messages[-1].content if isinstance(part, RgbImage))
+        seen.append(image.rgb.shape[1])
+        return "x"
+
+    on, engines, session = live(FakeBackend(FakeScript(reply)))
+
+    async def run() -> None:
+        async with engines.turn:
+            for width in (1, 2, 3):
+                await on.take_frame(frame(picture(width)), "what ?", "m", session)
+                for _ in range(5):
+                    await asyncio.sleep(0)  # whoever has something to answer asks for its turn
+        feed = session.feed
+        assert feed is not None
+        while not feed.answered:
+            await asyncio.sleep(0.01)
+        feed.close()
+        await asyncio.gather(*on._tasks)
+
+    asyncio.run(run())
+    assert seen == [3]
+    engines.close()
+
+
+def picture(width: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, 1)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_leaving_ends_the_answer_in_the_engine(png: bytes) -> None:

@@ -201,3 +201,14 @@ def test_a_conversation_holds_each_image_once_and_can_be_left_out() -> None:
     assert [len(message.content) for message in chat.asks("two?", remember=False)] == [3]
     chat.forget()
     assert [len(message.content) for message in chat.asks("one?", remember=True)] == [3]
+
+
+def test_images_chosen_while_an_answer_runs_come_with_the_next_question() -> None:
+    chat = Session()
+    chat.show([Picture(EncodedImage(b"1"), "", "1")])
+    asked = chat.asks("one?", remember=True)
+    chat.show([Picture(EncodedImage(b"2"), "", "2")])
+    chat.heard(asked, "7")
+    assert EncodedImage(b"2") in chat.asks("two?", remember=True)[-1].content
+    chat.heard(chat.asks("two?", remember=True), "8")
+    assert all(isinstance(part, str) for part in chat.asks("three?", remember=True)[-1].content)
