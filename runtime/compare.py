@@ -116,8 +116,8 @@ def pair_up(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], s
     """Rows for models with the same backend, precision and device; by name where that leaves a choice."""
     rows = []
     for old in before:
-        same = [new for new in after if _kind(new) == _kind(old)]
-        if len(same) > 1:
+        same, peers = ([one for one in side if _kind(one) == _kind(old)] for side in (after, before))
+        if len(same) > 1 or len(peers) > 1:
             same = [new for new in same if new["model"]["id"] == old["model"]["id"]]
         if len(same) == 1:
             rows += _rows(old, same[0], statistic)
@@ -153,9 +153,13 @@ def _different_conditions(before: dict[str, Any], after: dict[str, Any]) -> list
             found.append(f"not the same machine: {name} {a} and {b}")
     threads = [{p["model"]["threads"] for p in value["profiles"]} for value in (before, after)]
     if threads[0] != threads[1]:
-        found.append(f"not the same threads: {sorted(threads[0])} and {sorted(threads[1])}")
+        found.append(f"not the same threads: {_listed(threads[0])} and {_listed(threads[1])}")
     for name in ("image_px", "image_tokens", "text_tokens", "output_tokens"):
         values = [{str(p["scenario"][name]) for p in value["profiles"]} for value in (before, after)]
         if values[0] != values[1]:
             found.append(f"not the same work: {name} {', '.join(values[0])} and {', '.join(values[1])}")
     return found
+
+
+def _listed(values: set[Any]) -> str:
+    return ", ".join(sorted("unknown" if value is None else str(value) for value in values))

@@ -18,11 +18,15 @@ class DeviceMemory:
     """
 
     def __init__(self, device: str, root: Path = Path("/"), nvml: tuple[Any, Any] | None = None) -> None:
-        self._on = device == "cuda"
         self._root, self._nvml = root, nvml
-        self._board = self._on and jetson(root) is not None
+        self.settle(device)
         self._available = available_bytes(root)
         self._peak: int | None = None
+
+    def settle(self, device: str) -> None:
+        """The model is loaded, and may have chosen its device itself."""
+        self._on = device == "cuda"
+        self._board = self._on and jetson(self._root) is not None
 
     def look(self) -> tuple[int | None, str]:
         """Bytes so far and the method; (None, why not) where nothing tells."""

@@ -165,6 +165,10 @@ class _Fields:
             raise UserError(f"{name} in {self._where} is out of range")
         return float(value) if kind is float else value
 
+    def given(self, name: str, kind: type) -> Any:
+        """As `take`, None where it is absent or null."""
+        return None if self._left.get(name) is None else self.take(name, kind, None)
+
     def end(self) -> None:
         if self._left:
             raise UserError(f"{self._where} has the unknown field {sorted(self._left)[0][:80]!r}; remove it")
@@ -180,8 +184,10 @@ def _unicode(text: str, where: str) -> str:
 
 
 def _sampling(fields: _Fields, limits: Limits) -> Sampling:
-    old, new = fields.pop("max_tokens"), fields.take("max_completion_tokens", int, 0)
-    tokens = new or _Fields({"max_tokens": old}, "the request").take("max_tokens", int, DEFAULT_TOKENS)
+    old, new = fields.take("max_tokens", int, DEFAULT_TOKENS), fields.given("max_completion_tokens", int)
+    tokens = old if new is None else new
+    if tokens < 1:
+        raise UserError(f"{'max_tokens' if new is None else 'max_completion_tokens'} is {tokens}; send 1 or more")
     stop = fields.pop("stop")
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if (
@@ -194,15 +200,17 @@ def _sampling(fields: _Fields, limits: Limits) -> Sampling:
     seed = fields.pop("seed")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) > 2**63):
         raise UserError("seed must be a whole number of at most 64 bits")
-    penalty = fields.take("repetition_penalty", float, 0.0) or fields.take("repeat_penalty", float, 1.0)
-    fields.pop("repeat_penalty")
+    penalty, other = (fields.given(name, float) for name in ("repetition_penalty", "repeat_penalty"))
+    if penalty is not None and other is not None and penalty != other:
+        raise UserError(f"repetition_penalty is {penalty} and repeat_penalty {other}; send one of them")
+    penalty = other if penalty is None else penalty
     return Sampling(
-        max_new_tokens=min(tokens, limits.new_tokens) if tokens > 0 else tokens,
+        max_new_tokens=min(tokens, limits.new_tokens),
         temperature=fields.take("temperature", float, 0.0),
         top_p=fields.take("top_p", float, 1.0),
         top_k=max(fields.take("top_k", int, 0), 0),  # other servers write -1 for "all"
         min_p=fields.take("min_p", float, 0.0),
-        repetition_penalty=penalty,
+        repetition_penalty=1.0 if penalty is None else penalty,
         seed=None if seed is None else abs(seed),
         stop=tuple(stops),
         ignore_eos=fields.take("ignore_eos", bool, False),

@@ -19,8 +19,9 @@ from runtime.report import report
 from runtime.tables import csv_text, jsonl, markdown, tables
 from runtime.workload import make_workload
 from vlm.console import note, print_json
-from vlm.errors import UserError
+from vlm.errors import ToolError, UserError
 from vlm.files import write_atomic
+from vlm.manifest import read_manifest
 
 WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     ".json": lambda value: json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -47,7 +48,10 @@ def profile(arguments: argparse.Namespace, options: LoadOptions) -> int:
         _check_target(path)
     workload = make_workload(arguments.image, arguments.seed)
     nvml = open_nvml()
-    meter = find_meter(nvml=nvml, gpu=options.device == "cuda")
+    meter = find_meter(
+        nvml=nvml,
+        gpu=options.device == "cuda" or (options.provider == "auto" and any(map(_runs_engines, arguments.artifacts))),
+    )
     recorder = Recorder(SystemClock(), meter, HeatProbe(Path("/"), *(nvml or (None, None))))
     session = Profiler(scenario, workload, recorder=recorder).run(arguments.artifacts)
     result = report(session, scenario, workload)
@@ -63,6 +67,14 @@ def profile(arguments: argparse.Namespace, options: LoadOptions) -> int:
     if arguments.json:
         print_json(result)
     return 0
+
+
+def _runs_engines(artifact: Any) -> bool:
+    """TensorRT takes the GPU without being told so."""
+    try:
+        return read_manifest(Path(artifact)).format == "tensorrt"
+    except (ToolError, OSError):  # a checkpoint, a server, or something that loading will name
+        return False
 
 
 def _check_target(path: Path) -> None:

@@ -117,7 +117,7 @@ def _profile(
         "metrics": {
             "ttft_ms": summary([t.ttft_ms for t in timings if t.ttft_ms is not None]),
             "tpot_ms": summary(tpots),
-            "itl_ms": summary([gap for t in timings for gap in t.itl_ms]),
+            "itl_ms": summary([gap for t in timings for gap in t.itl_ms], independent=len(timings)),
             "e2el_ms": summary([t.e2el_ms for t in timings]),
             "stop_ms": summary(result.stop_ms),
         },
@@ -238,7 +238,11 @@ def _throughput(timings: Sequence[Timing], options: ProfileOptions) -> dict[str,
     decoded = sum((t.completion_tokens or 1) - 1 for t in counted)
     tokens = _sum(t.completion_tokens for t in timings)
     prompts = _sum(t.prompt_tokens for t in timings)
-    kept = sum(all((getattr(t, name) or 0.0) <= limit for name, limit in options.slo) for t in timings)
+    # what was not measured was not met
+    kept = sum(
+        all(getattr(t, name, None) is not None and getattr(t, name) <= limit for name, limit in options.slo)
+        for t in timings
+    )
     return {
         "output_tok_s": tokens / total_s if total_s and tokens is not None else None,
         "decode_tok_s": decoded / decode_s if decode_s else None,
@@ -284,7 +288,9 @@ def _roofline(
         return None
     board = machine.get("jetson") or {}
     context = float(np.mean([(t.prompt_tokens or 0) + (t.completion_tokens or 0) / 2 for t in result.timings]))
-    device = str(board.get("model") or machine["host"]["gpu"] or machine["host"]["cpu"])
+    # a board has one memory for both sides
+    gpu = machine["host"]["gpu"] if result.info["device"] == "cuda" else None
+    device = str(board.get("model") or gpu or machine["host"]["cpu"])
     return roofline_json(
         result.info,
         context,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import logging
 import tempfile
 import threading
 from typing import Any, Protocol
@@ -62,6 +63,9 @@ class EngineRunner:
             reply = self._stop(request) if "stop_after" in request else self._answer(request)
         except ToolError as error:
             reply = {"failed": error.message}
+        except Exception as error:  # a fault of the model ends a request, not a profile of an hour
+            logging.getLogger(__name__).error("the model failed", exc_info=error)
+            reply = {"failed": f"{type(error).__name__}: {error}"}
         peak, method = peak_rss()
         device, device_method = self._memory.look()
         memory = {"peak_rss": peak, "memory_method": method, "peak_device": device, "device_method": device_method}

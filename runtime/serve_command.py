@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
 from dataclasses import asdict
 
+from runtime.api import ModelFailed
 from runtime.loading import load
 from runtime.options import LoadOptions
 from runtime.source import need_package
@@ -77,7 +79,7 @@ def _run(arguments: argparse.Namespace, options: LoadOptions, listener: socket.s
     outside = ServerOptions(
         limits=limits,
         api_key=key,
-        hosts=LOOPBACK if local else ("*",),
+        hosts=(*LOOPBACK, f"[{arguments.host}]" if ":" in arguments.host else arguments.host) if local else ("*",),
         in_flight=3 * options.queue_size,
         answer_s=arguments.deadline,
     )
@@ -95,7 +97,7 @@ def _run(arguments: argparse.Namespace, options: LoadOptions, listener: socket.s
         timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = uvicorn.Server(config)
-    failure: list[ToolError] = []
+    failure: list[Exception] = []
 
     async def main() -> None:
         loading = asyncio.create_task(_load(arguments, options, service, server, failure))
@@ -119,11 +121,12 @@ def _run(arguments: argparse.Namespace, options: LoadOptions, listener: socket.s
 
 
 async def _load(
-    arguments: argparse.Namespace, options: LoadOptions, service: object, server: object, failure: list[ToolError]
+    arguments: argparse.Namespace, options: LoadOptions, service: object, server: object, failure: list[Exception]
 ) -> None:
     from runtime.server import Service
 
     assert isinstance(service, Service)
+    engine = None
     try:
         engine = await asyncio.to_thread(load, arguments.artifact, arguments.backend, **asdict(options))
         warm = await asyncio.to_thread(engine.warmup)
@@ -132,6 +135,15 @@ async def _load(
             f"ready: {service.name} ({engine.info.backend}, {engine.info.precision}); first token after "
             f"{warm.warm_ttft_ms:.1f} ms warm, {warm.cold_ttft_ms:.1f} ms cold"
         )
-    except ToolError as error:
-        failure.append(error)
+    except Exception as error:  # a native library raises its own kinds
+        known = isinstance(error, ToolError)
+        if not known:
+            logging.getLogger(__name__).error("the model failed while it was loaded", exc_info=error)
+        failure.append(error if known else ModelFailed(f"the model failed while it was loaded ({_in_short(error)})"))
+        if engine is not None:
+            await asyncio.to_thread(engine.close)
         server.should_exit = True  # type: ignore[attr-defined]
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"

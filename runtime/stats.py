@@ -16,9 +16,14 @@ def needed_for(percentile: int) -> int:
     return math.ceil(math.log(CHANCE_TO_MISS_TAIL) / math.log(percentile / 100))
 
 
-def summary(values: Sequence[float]) -> dict[str, float | int | None]:
-    """n, mean, std, min, p50, p90, p95, p99, max; null where n is too small for the claim, or nothing was measured."""
+def summary(values: Sequence[float], independent: int | None = None) -> dict[str, float | int | None]:
+    """n, mean, std, min, p50, p90, p95, p99, max; null where n is too small for the claim, or nothing was measured.
+
+    Args:
+        independent: how many requests the values come from, where one gives several: that many decide about the tail.
+    """
     n = len(values)
+    trusted = n if independent is None else min(n, independent)
     array = np.asarray(values, np.float64)
     result: dict[str, float | int | None] = {"n": n}
     result["mean"] = float(array.mean()) if n else None
@@ -26,7 +31,7 @@ def summary(values: Sequence[float]) -> dict[str, float | int | None]:
     result["min"] = float(array.min()) if n else None
     result["p50"] = float(np.percentile(array, 50)) if n else None
     for percentile in (90, 95, 99):
-        enough = n >= needed_for(percentile)
+        enough = trusted >= needed_for(percentile)
         result[f"p{percentile}"] = float(np.percentile(array, percentile)) if enough else None
     result["max"] = float(array.max()) if n else None
     return result

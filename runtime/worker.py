@@ -30,6 +30,7 @@ def main() -> int:
         _send(out, {"error": error.message, "exit_code": error.exit_code})
         return error.exit_code
     with engine:
+        memory.settle(engine.info.device)
         runner = EngineRunner(engine, time.perf_counter() - started, memory)
         _send(out, {"info": runner.info, "load_s": runner.load_s})
         for line in sys.stdin:

@@ -256,7 +256,11 @@ def vstar(options: TaskOptions) -> Task:
     root = data_of(options, "vstar")
     source = find(root, "test_questions.jsonl")
     if source is None:
-        return Task("vstar", unique(_vstar_folders(root), root), note="options in a fixed shuffled order")
+        return Task(
+            "vstar",
+            unique(_vstar_folders(root, options.images or root), root),
+            note="options in a fixed shuffled order",
+        )
     items = []
     for number, row in enumerate(json_lines(source), 1):
         required(row, ("image", "text", "label"), source, number)
@@ -273,7 +277,7 @@ def vstar(options: TaskOptions) -> Task:
     return Task("vstar", unique(items, source))
 
 
-def _vstar_folders(root: Path) -> Iterator[Item]:
+def _vstar_folders(root: Path, images: Path) -> Iterator[Item]:
     import hashlib
 
     for source in sorted(root.glob("*/*.json")):
@@ -283,8 +287,9 @@ def _vstar_folders(root: Path) -> Iterator[Item]:
         given = [str(text) for text in row["options"]]
         turn = hashlib.sha256(source.stem.encode()).digest()[0] % len(given)
         prompt, letters = ask_options(str(row["question"]), given[-turn:] + given[:-turn] if turn else given)
-        picture = next((p for e in (".jpg", ".png", ".jpeg") if (p := source.with_suffix(e)).exists()), None)
-        pictures = (FilePicture(picture or source.with_suffix(".jpg")),)
+        beside = images / source.relative_to(root)
+        picture = next((p for e in (".jpg", ".png", ".jpeg") if (p := beside.with_suffix(e)).exists()), None)
+        pictures = (FilePicture(picture or beside.with_suffix(".jpg")),)
         truth = {"answer": LETTERS[turn], "options": letters}
         key = f"{source.parent.name}/{source.stem}"
         yield Item(key, prompt, pictures, truth, {"category": source.parent.name})

@@ -160,7 +160,7 @@ def mme(options: TaskOptions) -> Task:
     """`MME_Benchmark_release_version/CATEGORY/` with a text file of two questions per image, or parquet."""
     root = data_of(options, "mme")
     tables = parquet_files(root, "data/test-*.parquet", "test-*.parquet", "*.parquet")
-    items = unique(_mme_parquet(tables) if tables else _mme_folders(root), root)
+    items = unique(_mme_parquet(tables) if tables else _mme_folders(root, options.images), root)
     _check_pairs(items, root)
     return Task("mme", items)
 
@@ -192,7 +192,7 @@ def _mme_parquet(tables: list[Path]) -> Iterator[Item]:
         yield _mme_item(str(row["category"]), name.rpartition("/")[2], counts[name], row, row["image"])
 
 
-def _mme_folders(root: Path) -> Iterator[Item]:
+def _mme_folders(root: Path, images: Path | None) -> Iterator[Item]:
     release = "MME_Benchmark_release_version"
     base = find(root, f"{release}/MME_Benchmark", release, "MME_Benchmark") or root
     # the release brings texts of its own, with results of models
@@ -202,6 +202,8 @@ def _mme_folders(root: Path) -> Iterator[Item]:
     for text in texts:
         category = text.relative_to(base).parts[0]
         folders = [text.parent, base / category / "images", base / category]
+        if images is not None:
+            folders = [images / category / "images", images / category, images]
         places = [folder / f"{text.stem}{ending}" for folder in folders for ending in IMAGE_ENDINGS]
         picture = FilePicture(next((place for place in places if place.exists()), places[0]))
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]

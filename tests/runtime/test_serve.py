@@ -56,6 +56,16 @@ def test_serves_until_told_to_stop(end: signal.Signals) -> None:
         assert (process.returncode, rest.strip()) == (0, "stopped")
 
 
+def test_every_loopback_address_is_answered() -> None:
+    with serve("x", "--backend", "fake", "--host", "127.0.0.2", "--port", "0") as process:
+        assert process.stderr is not None
+        url = process.stderr.readline().split(": ")[0]
+        assert url.startswith("http://127.0.0.2:")
+        assert "ready" in process.stderr.readline()
+        assert httpx.get(f"{url}/health", timeout=120).status_code == 200
+        assert httpx.get(f"{url}/health", headers={"Host": "elsewhere"}, timeout=120).status_code == 400
+
+
 def test_replies_do_not_wait_for_more_to_send() -> None:
     """With Nagle's delay on, every reply on a connection kept open took 40 ms."""
 
