@@ -21,7 +21,7 @@ from export import to_gguf, to_onnx, to_tensorrt
 from export.calibrate import TOKENS_KEPT, Calibration, fold_scales, observe
 from export.card import write_card
 from export.evidence import Evidence, calibration_images, calibration_prompts, collect, note_unread, save_golden
-from export.measure import ablate, costliest, measure
+from export.measure import PIXELS_DIFFER, ablate, costliest, measure
 from export.options import ExportOptions
 from export.precision import KINDS, PARTS, Precision, parse_precision
 from export.preflight import preflight
@@ -129,12 +129,14 @@ class Making:
         steps: list[str] = []
         while True:
             rows = self.ablation(manifest, storage, wanted=self.run.auto_precision and not manifest.verified)
-            failing = manifest.parity["failures"] if self.run.auto_precision else []
+            # no number of bits brings other pixels back
+            failing = [f for f in manifest.parity["failures"] if not f.startswith(PIXELS_DIFFER)]
+            failing = failing if self.run.auto_precision else []
             raised = _raise_worst(storage.precision, failing, rows) if failing else None
             if raised is None:
                 break
             steps.append(raised.text())
-            note(f"gates do not hold ({manifest.parity['failures'][0]}); trying {raised.text()}")
+            note(f"gates do not hold ({failing[0]}); trying {raised.text()}")
             _empty(self.root)
             storage = dataclasses.replace(storage, precision=raised)
             manifest = self.attempt(storage)

@@ -40,7 +40,7 @@ def card(name: str, manifest: Manifest) -> str:
         ("licence", _text(source.get("licence"))),
         ("created", manifest.created),
         ("tools", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
-        *_cost(parity),
+        *_cost(parity, manifest.verified),
         *_importance(manifest.precision),
     ]
     weights = [
@@ -85,13 +85,14 @@ def _is_pooled(key: str, gate: dict[str, Any]) -> bool:
     return bool(gate["pooled"]) and key in ("top1", "kl", "correlation")
 
 
-def _cost(parity: dict[str, Any]) -> list[tuple[str, str]]:
+def _cost(parity: dict[str, Any], verified: bool) -> list[tuple[str, str]]:
     made, seen = parity.get("made"), parity.get("calibration")
     rows = [] if made is None else [("made in", f"{made['seconds']:.0f} s, peak {made['peak_rss_bytes'] / 1e6:.0f} MB")]
     if seen is not None:
         rows.append(("calibrated on", f"{seen['prompts']} images, sha256 {seen['sha256'][:16]}"))
     if steps := parity.get("auto_precision"):
-        rows.append(("raised until the gates held", " -> ".join(steps)))
+        held = "raised until the gates held" if verified else "raised, and the gates still do not hold"
+        rows.append((held, " -> ".join(steps)))
     return rows
 
 
@@ -137,7 +138,7 @@ def _answers(scores: dict[str, Any]) -> str:
     if not scores["n"]:
         return "No greedy answers were compared."
     low, high = scores["tokens_equal_interval"]
-    text = f"{scores['n']} unseen samples: {scores['tokens_equal']:.2%} token for token as PyTorch ({low:.2%} to {high:.2%})."
+    text = f"{scores['n']} {'samples of --data' if scores.get('given') else 'unseen samples'}: {scores['tokens_equal']:.2%} token for token as PyTorch ({low:.2%} to {high:.2%})."
     if scores["task"]:
         down, up = scores["change_interval"]
         text += (

@@ -205,7 +205,8 @@ def _noise_case(
     image = Image.fromarray(rng.integers(0, 256, (57, 91, 3), dtype=np.uint8))
     words = " ".join(digits.PLACES)
     tokenizer = student.checkpoint.tokenizer
-    allowed = [i for i in range(tokenizer.tokenizer.get_vocab_size()) if i not in tokenizer.special_ids]
+    kept = {*tokenizer.special_ids, tokenizer.spec.image_token_id}
+    allowed = [i for i in range(tokenizer.tokenizer.get_vocab_size()) if i not in kept]
     forced = tuple(int(t) for t in rng.choice(allowed, STEPS))
     prompt = make_prompt(tokenizer, image, f"Describe {words} and everything in between, slowly.")
     logits_PV = backend.prefill_all(dataclasses.replace(prompt, ids=(*prompt.ids, *forced)))
@@ -231,8 +232,11 @@ def pixel_parity(checkpoint: Checkpoint, evidence: Evidence, spec: ImageSpec) ->
 def token_corpus(evidence: Evidence, tokenizer: ChatTokenizer) -> list[str]:
     """Texts on which a foreign tokenizer must give the same ids: 1,000 of every kind, and those of the task."""
     specials = sorted(str(tokenizer.tokenizer.id_to_token(i)) for i in tokenizer.special_ids)
+    added = sorted(str(token.content) for token in tokenizer.tokenizer.get_added_tokens_decoder().values())
+    # white space that a token takes with it, and tokens that are none inside a word
+    around = [form.format(token) for token in added for form in ("{}", "a {} b", "x{}y", "{}s")]
     asked = {p.text for p in evidence.prompts} | {*itertools.chain(*evidence.truths), *digits.texts()[:200]}
-    return [*corpus(specials), *sorted(asked)]
+    return [*corpus(specials), *around, *sorted(asked)]
 
 
 def embedding_parity(evidence: Evidence, lookup: Callable[[npt.NDArray[np.int64]], F32]) -> dict[str, float]:
@@ -263,6 +267,7 @@ def accuracy(
         tied = [float(want == have or is_tie(truth, prompt, want, have, gate)) for prompt, want, have in pairs]
     result: dict[str, Any] = {
         "task": evidence.task or None,
+        "given": evidence.given,
         "n": len(equal),
         "tokens_equal": float(np.mean(equal)),
         "tokens_equal_interval": bootstrap_interval(equal),

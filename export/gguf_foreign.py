@@ -157,7 +157,16 @@ def restamp(source: Path, target: Path, origin: Origin) -> None:
     writer = gguf.GGUFWriter(target, arch)
     told = declared(origin.checkpoint.tokenizer)
     names = gguf.Keys.Tokenizer
-    ours = (names.CHAT_TEMPLATE, names.BOS_ID, names.EOS_ID, names.EOT_ID, names.PAD_ID, names.ADD_BOS, names.ADD_EOS)
+    ours = (
+        names.CHAT_TEMPLATE,
+        names.BOS_ID,
+        names.EOS_ID,
+        names.EOT_ID,
+        names.EOM_ID,
+        names.PAD_ID,
+        names.ADD_BOS,
+        names.ADD_EOS,
+    )
     skipped = ("GGUF.", "general.", PAIR_KEY, *ours)
     for key, field in reader.fields.items():
         if key.startswith(skipped) and key not in ("general.file_type", "general.quantization_version", "general.type"):
@@ -170,6 +179,8 @@ def restamp(source: Path, target: Path, origin: Origin) -> None:
     writer.add_eos_token_id(told["eos_token_id"])
     for token in origin.checkpoint.tokenizer.spec.eos_token_ids[1:2]:
         writer.add_eot_token_id(token)
+    for token in origin.checkpoint.tokenizer.spec.eos_token_ids[2:3]:
+        writer.add_eom_token_id(token)
     writer.add_pad_token_id(told["pad_token_id"])
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)

@@ -228,6 +228,10 @@ def check_text(config: Any, facts: Facts) -> Sequence[tuple[bool, str]]:
             rope == "yarn" and text.rope_parameters.get("attention_factor") is not None,
             "a YaRN attention_factor of its own has no GGUF form",
         ),
+        *(
+            (rope == "yarn" and text.rope_parameters.get(name, usual) != usual, f"YaRN with {name} has no GGUF form")
+            for name, usual in (("mscale", None), ("mscale_all_dim", None), ("truncate", True))
+        ),
         (
             facts.decoder == "qwen2" and facts.head_dim * facts.heads != facts.hidden,
             "qwen2 with heads x head_dim != hidden does not load; use a qwen3 decoder",

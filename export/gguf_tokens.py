@@ -40,11 +40,27 @@ ALWAYS_STOP = (
         "<turn|>",
         "<|return|>",
         "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "[e~[",
+        "\u2039\uff5cend\u2581of\u2581sentence\uff5c>",
     ),
-    *("<PAD>", "[PAD]", "<|fim_pad|>", "<fim_pad>", "<|repo_name|>", "<|file_sep|>", "<file_sep>", "<reponame>"),
+    *(
+        "<PAD>",
+        "[PAD]",
+        "<|fim_pad|>",
+        "<fim_pad>",
+        "<|repo_name|>",
+        "<|file_sep|>",
+        "<file_sep>",
+        "<reponame>",
+        "<|fim_repo|>",
+    ),
 )
 # llama.cpp takes these for end of generation only because of infilling; published students stop elsewhere
-INFILLING = frozenset(("<|fim_pad|>", "<fim_pad>", "<|repo_name|>", "<|file_sep|>", "<file_sep>", "<reponame>"))
+INFILLING = frozenset(
+    ("<|fim_pad|>", "<fim_pad>", "<|repo_name|>", "<|file_sep|>", "<file_sep>", "<reponame>", "<|fim_repo|>")
+)
 MARKER = "<__media__>"
 # preambles that bring the messages of llama.cpp programs into the form the student's template expects
 TO_LISTS = (
@@ -97,7 +113,7 @@ def check_tokenizer(checkpoint: Checkpoint, facts: Facts, foreign: bool = False)
     if foreign:
         return
     model = read_tokenizer_json(checkpoint)
-    if model["model"]["type"] != "BPE" or model["model"].get("byte_fallback"):
+    if model["model"].get("type") != "BPE" or model["model"].get("byte_fallback"):
         raise CheckpointError(
             f"{where} cannot become GGUF: its tokenizer is not a byte-level BPE; use --llama-cpp DIR or --target onnx"
         )
@@ -192,6 +208,8 @@ def add_tokenizer(writer: Any, checkpoint: Checkpoint, rows: int) -> None:
     writer.add_eos_token_id(told["eos_token_id"])
     if more:  # a second stopping word that llama.cpp may not know by name
         writer.add_eot_token_id(more[0])
+    if more[1:]:
+        writer.add_eom_token_id(more[1])
     writer.add_bos_token_id(told["bos_token_id"])
     writer.add_pad_token_id(told["pad_token_id"])
     writer.add_add_bos_token(False)  # the template writes it where the student was trained with one

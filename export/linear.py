@@ -67,7 +67,7 @@ class Recipe:
     @property
     def storage(self) -> torch.dtype:
         """Of matrices kept as floats."""
-        return torch.float16 if self.kind.bits == 16 or self.kind.half else torch.float32
+        return torch.float16 if self.kind.bits == 16 or (self.kind.half and self.kind.bits < 16) else torch.float32
 
     def fell_back(self, reason: str) -> None:
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1

@@ -12,7 +12,7 @@ import numpy as np
 from export import parity, to_onnx
 from export.backends import gate_of, image_spec, open_backend
 from export.evidence import Evidence, accuracy, embedding_parity, pixel_parity, token_corpus
-from export.gguf_tokens import declared
+from export.gguf_tokens import INFILLING, declared
 from export.ort import OnnxBackend
 from export.parity import Gate
 from export.precision import PARTS
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PIXEL_LIMIT = 1e-5
 STEM_OF = {"vision": "vision_encoder", "embed": "embed_tokens", "decoder": "decoder_model_merged"}
 STEM_OF["head"] = STEM_OF["decoder"]
+PIXELS_DIFFER = "pixels differ"
 Cases = dict[str, dict[str, float]]
 
 
@@ -42,7 +43,7 @@ def measure(checkpoint: Checkpoint, evidence: Evidence, root: Path, manifest: Ma
         pixel = pixel_parity(checkpoint, evidence, image_spec(manifest))
         extra["pixels"] = pixel
         if pixel["max"] > PIXEL_LIMIT:
-            found.append(f"pixels differ from the checkpoint's processor by {pixel['max']:.3g}")
+            found.append(f"{PIXELS_DIFFER} from the checkpoint's processor by {pixel['max']:.3g}")
         found += parity.all_failures(cases, gate)
         stop = checkpoint.tokenizer.spec.eos_token_ids
         extra["golden_ids"] = [
@@ -103,6 +104,14 @@ def token_parity(checkpoint: Checkpoint, evidence: Evidence, backend: LlamaBacke
     found = [f"llama.cpp tokenises {len(wrong)} texts differently, first {wrong[0]!r}"] if wrong else []
     deaf = [own.id_to_token(i) for i in tokenizer.spec.eos_token_ids if not backend.stops_at(i)]
     found += [f"llama.cpp does not stop at {token!r}" for token in deaf[:1]]
+    ends = {*tokenizer.spec.eos_token_ids}
+    words = {i: str(token.content) for i, token in own.get_added_tokens_decoder().items()}
+    eager = [
+        word for i, word in sorted(words.items()) if i not in ends and word not in INFILLING and backend.stops_at(i)
+    ]
+    found += [
+        f"llama.cpp also stops at {word!r}; add it to eos_token_id of generation_config.json" for word in eager[:1]
+    ]
     told, wanted = backend.declared(), declared(tokenizer)
     found += [f"the text file says {k} {told[k]!r}, the student {wanted[k]!r}" for k in wanted if told[k] != wanted[k]]
     count = {"texts": len(texts) + len(evidence.cases), "different": len(wrong), "stop_words_missed": len(deaf)}

@@ -14,7 +14,7 @@ from export.gguf_precision import parse_gguf
 from export.options import ExportOptions
 from export.precision import BLOCK, KINDS, PARTS, parse_precision
 from export.questions import read_questions
-from export.student import Facts, check_decoder, read_facts
+from export.student import Facts, check_decoder, check_prompt, read_facts
 from export.trt_precision import BLOCKS, TRT_KINDS, TRT_PARTS, parse_trt_precision
 from vlm.console import note
 from vlm.errors import CheckpointError, UserError
@@ -52,6 +52,7 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
     check_target(run.out)
     checkpoint = open_checkpoint(run.student)
     facts = read_facts(checkpoint)
+    check_prompt(checkpoint)
     if run.llama_cpp is None:
         check_decoder(checkpoint, facts)
     if run.target == "gguf":

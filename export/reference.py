@@ -13,7 +13,8 @@ from export.replay import F32, Prompt
 from export.student import Student
 from vlm.preprocess import pixels
 
-BATCH = 50
+# tokens of a batch, and prompts: what a layer makes of them is held at once
+TOKENS, BATCH = 4096, 50
 
 
 class TorchBackend:
@@ -67,9 +68,10 @@ def greedy_batch(student: Student, prompts: Sequence[Prompt], stop: Sequence[int
     for index, prompt in enumerate(prompts):
         groups[len(prompt.ids)].append(index)
     answers: list[tuple[int, ...]] = [()] * len(prompts)
-    for members in groups.values():
-        for start in range(0, len(members), BATCH):
-            part = members[start : start + BATCH]
+    for length, members in groups.items():
+        step = max(1, min(BATCH, TOKENS // length))
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
             for index, ids in zip(part, _equal_lengths(student, [prompts[i] for i in part], stop, limit), strict=True):
                 answers[index] = ids
     return answers

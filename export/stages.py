@@ -101,7 +101,9 @@ def code_sha256(*places: Path) -> str:
 
 def student_key(checkpoint: Checkpoint) -> list[Any]:
     """Of everything about a student that ends up in a file."""
-    read = sorted(p for p in checkpoint.directory.iterdir() if p.suffix in (".json", ".jinja", ".txt", ".model"))
+    read = sorted(
+        p for p in checkpoint.directory.iterdir() if p.is_file() and p.suffix in (".json", ".jinja", ".txt", ".model")
+    )
     return [checkpoint.weights_sha256(), {path.name: sha256_file(path) for path in read}]
 
 

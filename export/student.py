@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from vlm.chat import user_message
 from vlm.errors import CheckpointError, ToolError
 from vlm.load import Checkpoint, load_model
 
@@ -119,8 +120,12 @@ def outline(checkpoint: Checkpoint) -> Student:
     from transformers import LlavaForConditionalGeneration
 
     facts, config = read_facts(checkpoint), read_config(checkpoint)
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config).eval()
+    try:
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(config).eval()
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{checkpoint.directory}/config.json describes no model ({reason})") from None
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             small = parameter.ndim < 2
@@ -158,6 +163,21 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
             raise CheckpointError(f"{checkpoint.directory}/config.json: {name} is {size}; it must be at least 1")
     _check(checkpoint, config, facts)
     return facts
+
+
+def check_prompt(checkpoint: Checkpoint) -> None:
+    """A template that came with a language model knows no images, and its prompts would have none.
+
+    Raises:
+        CheckpointError: a prompt with an image does not hold the image's tokens.
+    """
+    spec, image = checkpoint.tokenizer.spec, checkpoint.image
+    held = checkpoint.tokenizer.prompt_ids([user_message("What is shown?")]).count(spec.image_token_id)
+    if held != image.tokens:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the chat template puts {held} tokens of an image into the prompt, the tower makes "
+            f"{image.tokens}; give the checkpoint the template of its processor"
+        )
 
 
 def _read_facts(checkpoint: Checkpoint, config: Any) -> Facts:
@@ -209,6 +229,13 @@ def check_decoder(checkpoint: Checkpoint, facts: Facts) -> None:
 
 def _check(checkpoint: Checkpoint, config: Any, facts: Facts) -> None:
     where = f"{checkpoint.directory}/config.json"
+    if (kept := checkpoint.config.get("quantization_config")) is not None:
+        method = kept.get("quant_method", "unknown") if isinstance(kept, dict) else kept
+        raise CheckpointError(
+            f"{where}: the weights are quantised already ({method}); give the checkpoint they were made from"
+        )
+    if facts.heads % facts.kv_heads:
+        raise CheckpointError(f"{where}: {facts.heads} heads cannot share {facts.kv_heads} keys and values")
     if facts.tower == "siglip2_vision_model":
         raise CheckpointError(
             f"{where}: {facts.tower} is the NaFlex tower, whose images have no common number of visual tokens; "

@@ -19,9 +19,10 @@ from export.declare import GraphSpec, decoder_spec, embed_spec, example_inputs, 
 from export.precision import KINDS, Algorithm, Flavour, Precision
 from export.sizes import describe, tensor_bytes
 from export.stages import Stages, code_sha256, student_key
-from export.student import Student
+from export.student import Facts, Student
 from vlm import allocator
 from vlm.errors import GateFailed
+from vlm.files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,7 @@ OPSET = 18
 TOOLS = ("torch", "transformers", "optimum", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 BLOCK_OPSET = 21  # the first with blocks in DequantizeLinear
 INLINE_BYTES = 1024
+HEAD_STEP = 16  # of GroupQueryAttention with rotation
 CONTRIB = "com.microsoft"
 LIST_INPUTS = ("past_key_values", "past")
 
@@ -52,10 +54,17 @@ class Storage:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     wide: frozenset[str] = frozenset()
 
-    @property
-    def fused(self) -> bool:
-        """Whether the decoder uses ONNX Runtime's operators, which have no float32 residual under float16."""
-        return self.flavour == "ort" and not ("decoder" in self.wide and KINDS[self.precision.decoder].half)
+    def fused(self, facts: Facts) -> bool:
+        """Whether the decoder uses ONNX Runtime's operators."""
+        return self.flavour == "ort" and not self.obstacle(facts)
+
+    def obstacle(self, facts: Facts) -> str:
+        """What ONNX Runtime's operators cannot do: a float32 residual under float16, heads of any width."""
+        if "decoder" in self.wide and KINDS[self.precision.decoder].half:
+            return "activations beyond float16: plain operators"
+        if facts.head_dim % HEAD_STEP:
+            return f"head_dim {facts.head_dim} is no multiple of {HEAD_STEP}: plain operators"
+        return ""
 
 
 def trace(module: nn.Module, spec: GraphSpec, student: Student, opset: int = OPSET) -> Any:
@@ -190,10 +199,10 @@ def graphs(student: Student, options: Storage) -> list[Graph]:
         )
 
     vision, embed, decoder = recipe("vision"), recipe("embed"), recipe("decoder")
-    if options.flavour == "ort" and not options.fused:
-        decoder.fell_back("activations beyond float16: plain operators")
+    if options.flavour == "ort" and (obstacle := options.obstacle(facts)):
+        decoder.fell_back(obstacle)
     cache = "float16" if decoder.kind.half else "float32"
-    kind = FusedDecoder if options.fused else MergedDecoder
+    kind = FusedDecoder if options.fused(facts) else MergedDecoder
 
     def opset(part: str) -> int:
         blocks = options.flavour == "portable" and any(
@@ -246,7 +255,7 @@ def write(
     io = {graph.stem: graph.spec.to_json() for graph in planned}
     paths = {role: path for path, role in files}
     section, counts = describe(student, paths, options.precision, {graph.role: graph.fallbacks for graph in planned})
-    if options.fused:  # the operator reads its angles from a table
+    if options.fused(student.facts):  # the operator reads its angles from a table
         counts["context_length"] = min(student.facts.context_length, ROTARY_POSITIONS)
     return files + write_configs(student, root, files, options.precision), io, section, counts
 
@@ -297,13 +306,13 @@ def write_configs(
     }
     processor = _read(source / "processor_config.json")
     preprocessor = _read(source / "preprocessor_config.json") or dict(processor.pop("image_processor", {}))
-    drop_cls = student.facts.tower == "clip" and student.facts.select == "default"
+    drop_first = student.facts.select == "default"  # of a CLIP tower it is the class token
     additional = int(processor.get("num_additional_image_tokens", 1 if student.facts.tower == "clip" else 0))
     shared = {
         "processor_class": "LlavaProcessor",
         "patch_size": config["vision_config"]["patch_size"],
-        "vision_feature_select_strategy": "full" if drop_cls else student.facts.select,
-        "num_additional_image_tokens": additional - drop_cls,
+        "vision_feature_select_strategy": "full" if drop_first else student.facts.select,
+        "num_additional_image_tokens": additional - drop_first,
     }
     tokenizer = _read(source / "tokenizer_config.json")
     tokenizer.update(
@@ -324,7 +333,7 @@ def write_configs(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def weight_bytes(path: Path) -> tuple[list[int], int]:

@@ -19,7 +19,7 @@ from export.precision import Algorithm
 from export.sizes import parameter_counts, weight_sizes
 from export.stages import Stages, code_sha256, student_key
 from export.student import Student
-from export.to_onnx import write_module
+from export.to_onnx import TOOLS, write_module
 from export.trt_precision import TRT_KINDS, TrtPrecision
 from vlm import engine_key
 from vlm.files import sha256_file
@@ -174,7 +174,7 @@ def _stage_key(student: Student, storage: TrtStorage, stem: str, of_student: lis
         "options": [repr(storage.precision), storage.algorithm, sorted(storage.wide)],
         "calibration": seen.hexdigest(),
         "code": code_sha256(),
-        "versions": [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")],
+        "versions": [importlib.metadata.version(name) for name in TOOLS],
     }
 
 

@@ -190,7 +190,16 @@ def render_template(spec: ChatSpec, messages: Sequence[Message], add_generation_
                 eos_token=spec.eos_token,
             )
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    # a template is a program, and may fail in all the ways of one
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(f"the chat template refuses this conversation ({error})") from None
 
 
@@ -227,7 +236,9 @@ def _template(source: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     # training-only markers of the Hugging Face dialect: they print nothing
@@ -241,12 +252,23 @@ def spec_from_checkpoint(directory: Path) -> ChatSpec:
     """Read template and special tokens from a Hugging Face checkpoint directory.
 
     Raises:
-        CheckpointError: tokenizer, template or image token is missing.
+        CheckpointError: tokenizer, template or image token is missing or malformed.
     """
+    try:
+        return _spec_from_checkpoint(directory)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: chat settings are malformed ({type(error).__name__}: {error}); save the processor again"
+        ) from None
+
+
+def _spec_from_checkpoint(directory: Path) -> ChatSpec:
     config = read_json(directory / "config.json")
     settings = read_json(_need(directory / "tokenizer_config.json"))
     template_file = directory / "chat_template.jinja"
     template = template_file.read_text() if template_file.is_file() else settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not template:
         raise CheckpointError(f"{directory} has no chat template (chat_template.jinja); save the processor with one")
     tokenizer = read_tokenizer(_need(directory / "tokenizer.json"))
@@ -283,7 +305,9 @@ def _eos_ids(directory: Path, config: dict[str, Any], tokenizer_eos: int | None)
 
 
 def read_tokenizer(path: Path) -> Any:
-    """Open a tokenizer.json.
+    """Open a tokenizer.json, without the cutting and filling up that it may have been saved with.
+
+    Hugging Face's own classes set both anew on every call; a prompt cut in the middle would be answered all the same.
 
     Raises:
         CheckpointError: it is damaged.
@@ -291,9 +315,12 @@ def read_tokenizer(path: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every kind of damage
         raise CheckpointError(f"{path} is not a readable tokenizer ({error}); save the processor again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _token_text(value: object) -> str:

@@ -140,14 +140,15 @@ def _allowed(name: str, options: dict[str, Any], built: dict[str, Any], now: dic
 
 
 def find(root: Path, plan: dict[str, Any], version: str, device: dict[str, str]) -> tuple[Path, dict[str, Any]]:
-    """The folder of the engines that fit this machine, whole and unaltered, and their record.
+    """The folder of the engines that fit this machine, whole and unaltered, and their record; of several, those built last.
 
     Raises:
         Unfit: there is none; says what is there and why it does not fit.
     """
     now = parts_of(plan, plan["builder"], version, device)
     reasons = []
-    for path in sorted((root / FOLDER).glob(f"*/{RECORD}")):
+    records = (root / FOLDER).glob(f"*/{RECORD}")
+    for path in sorted(records, key=lambda record: (-record.stat().st_mtime_ns, record.parent.name)):
         try:
             record = json.loads(path.read_text())
             lacking = [

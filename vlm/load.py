@@ -113,10 +113,9 @@ def load_model(
             local_files_only=True,
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.directory}: weights cannot be loaded ({str(error).splitlines()[0]})"
-        ) from error
+    except (SafetensorError, ImportError, LookupError, OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{checkpoint.directory}: weights cannot be loaded ({reason})") from error
     if info["missing_keys"]:
         raise CheckpointError(
             f"{checkpoint.directory}: weights lack {sorted(info['missing_keys'])[0]}; save them again"

@@ -73,7 +73,7 @@ def spec_from_checkpoint(directory: Path) -> ImageSpec:
     """
     try:
         return _spec(directory, read_json(directory / "config.json"), _processor_config(directory))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory}: image settings are incomplete ({error!r}); save model and processor again"
         ) from None
@@ -115,18 +115,20 @@ def _tokens(directory: Path, config: dict[str, Any], side: int) -> int:
         if side % patch:
             raise CheckpointError(f"{directory}: image side {side} is no multiple of {patch} pixels (merged patches)")
         return int((side // patch) ** 2)
-    tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
+    # what equals a class's default need not be stored
+    usual = 32 if vision.get("model_type") == "clip_vision_model" else 16
+    tokens = (int(vision.get("image_size", 224)) // int(vision.get("patch_size", usual))) ** 2
     if kind in ("smolvlm", "idefics3"):
-        if int(vision["image_size"]) != side:
+        if int(vision.get("image_size", side)) != side:
             raise CheckpointError(
                 f"{directory}: the tower takes {vision['image_size']} pixels, the processor makes {side}"
             )
         return int(tokens // int(config["scale_factor"]) ** 2)
     if kind == "llava_onevision":
         return tokens + 1  # the base tile and its newline
-    if vision["model_type"] == "clip_vision_model" and config.get("vision_feature_select_strategy") == "full":
-        tokens += 1
-    return tokens
+    tokens += vision["model_type"] == "clip_vision_model"  # its class token
+    # the first token is taken off, whatever it is
+    return tokens - (config.get("vision_feature_select_strategy", "default") == "default")
 
 
 def _pinned_area(directory: Path, image: dict[str, Any]) -> int:
