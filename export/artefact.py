@@ -24,7 +24,7 @@ from export.evidence import Evidence, calibration_images, calibration_prompts, c
 from export.measure import PIXELS_DIFFER, ablate, costliest, measure
 from export.options import ExportOptions
 from export.precision import KINDS, PARTS, Precision, parse_precision
-from export.preflight import preflight
+from export.preflight import expected, preflight
 from export.questions import Question, divide, read_questions
 from export.stages import Stages, stages_of
 from export.student import Student, open_student
@@ -68,8 +68,8 @@ def export_all(runs: Sequence[ExportOptions]) -> list[Result]:
     first = runs[0]
     checkpoint = open_checkpoint(first.student)
     note(f"student {first.student}")
-    for run in runs:
-        preflight(run)  # a full disk is better found before the work than after it
+    # a full disk is better found before the work than after it
+    note(expected([preflight(run) for run in runs]))
     asked, rest = (
         divide(read_questions(first.data, first.images), first.samples, first.seed) if first.data else ([], [])
     )

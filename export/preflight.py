@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from export import to_gguf
+from export import imatrix, to_gguf
 from export.gguf_precision import parse_gguf
 from export.options import ExportOptions
 from export.precision import BLOCK, KINDS, PARTS, parse_precision
@@ -21,8 +22,13 @@ from vlm.errors import CheckpointError, UserError
 from vlm.load import Checkpoint, open_checkpoint
 from vlm.manifest import NAME as MANIFEST
 
-# fitted on 2 cores to students of 1 to 581 million parameters; good to a factor of two
-SECONDS, SECONDS_PER_LAYER, SECONDS_PER_GB = 15.0, 1.2, 12.0
+# fitted on 2 cores to students of 1.4, 138 and 581 million parameters; good to a factor of two. Per million of them outside
+# the embedding table, for writing and replaying, and again for each of them and each token of a compared question
+SECONDS = 8.0
+PER_MILLION = {"onnx": 0.32, "gguf": 0.11, "tensorrt": 0.8}
+PER_TOKEN = {"onnx": 1.2e-5, "gguf": 2.3e-5, "tensorrt": 1.2e-5}
+GATHERING = 1.3e-5  # an importance matrix
+PROMPT_TOKENS = 64  # template, question and answer beside the image
 LIBRARIES_BYTES = 800_000_000
 
 
@@ -57,8 +63,9 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
         check_decoder(checkpoint, facts)
     if run.target == "gguf":
         to_gguf.check(checkpoint, facts, run)
+    asked = run.samples
     if run.data is not None:
-        read_questions(run.data, run.images)
+        asked = min(asked, len(read_questions(run.data, run.images)))
     shapes = tensor_shapes(checkpoint)
     needed = _bytes(run, facts, shapes)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
@@ -78,7 +85,7 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
         "parameters": count,
         "bytes": needed,
         "free_bytes": free,
-        "seconds": round(SECONDS + SECONDS_PER_LAYER * facts.layers + SECONDS_PER_GB * stored / 1e9),
+        "seconds": round(_seconds(run, checkpoint, (count - facts.vocab_size * facts.hidden) / 1e6, asked)),
         "peak_rss_bytes": peak,
     }
     check_disk(run.out, needed, free)
@@ -86,6 +93,21 @@ def preflight(run: ExportOptions) -> dict[str, Any]:
     if available is not None and peak > available:
         note(f"warning: this takes about {peak / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free")
     return found
+
+
+def _seconds(run: ExportOptions, checkpoint: Checkpoint, millions: float, asked: int) -> float:
+    tokens = checkpoint.image.tokens + PROMPT_TOKENS
+    found = SECONDS + millions * (PER_MILLION[run.target] + PER_TOKEN[run.target] * tokens * asked)
+    if run.target == "gguf" and parse_gguf(run.precision).weighted and not run.no_imatrix and run.imatrix is None:
+        found += millions * GATHERING * tokens * imatrix.MOST
+    return found
+
+
+def expected(found: Sequence[dict[str, Any]]) -> str:
+    """What several runs take, in the words of a note."""
+    seconds, size = sum(one["seconds"] for one in found), sum(one["bytes"] for one in found)
+    peak = max(one["peak_rss_bytes"] for one in found)
+    return f"about {seconds} s on two cores, {size / 1e6:.0f} MB of files, {peak / 1e9:.1f} GB of memory"
 
 
 def check_disk(out: Path, needed: int, free: int) -> None:
