@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -293,6 +294,20 @@ def test_a_stopped_build_goes_on(plan: Path, monkeypatch: pytest.MonkeyPatch) ->
     fake.calls.clear()
     build_engine.build(plan)
     assert [Path(c[1]).stem for c in fake.calls if c[0] == "build_serialized_network"] == ["decoder"]
+
+
+def test_of_several_engines_those_asked_for_last_are_taken(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order their folders' names give; asking for finished ones again makes them the last."""
+    install("10.3.0", monkeypatch)
+    wanted = json.loads((plan / "build_plan.json").read_text())
+    options = [build_engine.BuildOptions(optimization_level=level) for level in (1, 3, 5)]
+    for number, option in enumerate([*options, options[0], options[1]]):
+        folder, _ = build_engine.build(plan, option)
+        os.utime(folder / engine_key.RECORD, (number, number))  # builds of this test take less than a tick of the clock
+        build_engine.build(plan, option)
+        assert engine_key.find(plan, wanted, "10.3.0", ORIN)[0] == folder
+        os.utime(folder / engine_key.RECORD, (number, number))
+        assert engine_key.find(plan, wanted, "10.3.0", ORIN)[0] == folder
 
 
 @pytest.mark.parametrize(
