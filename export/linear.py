@@ -137,8 +137,11 @@ class _Packed(nn.Module):
 
     def blocks(self) -> Iterator[tuple[slice, Blocks]]:
         """Quantised on every call: reading codes and scales separately costs time, keeping them would cost memory."""
-        found = self.recipe.ranges.get(self.recipe.student.paths[self.sources[0]])
+        path = self.recipe.student.paths[self.sources[0]]
+        found, fold = self.recipe.ranges.get(path), self.recipe.student.folds.get(path)
         power_K = None if found is None else found.power_K
+        if power_K is not None and fold is not None and fold.input is not None:
+            power_K = power_K / fold.input.square()  # the columns a folded matrix sees are divided by its scale
         for rows, weight_NK in self.chunks():
             yield rows, quantise(weight_NK, self.recipe.kind.bits, self.recipe.algorithm, power_K, self.block)
 

@@ -107,8 +107,6 @@ class ExportOptions:
             raise UserError(f"--imatrix {self.imatrix} is not a file; leave it out to gather one")
         if self.awq or self.algorithm == "search":
             self._check_four_bits()
-        if self.awq and self.algorithm == "search":
-            raise UserError("--awq and --algorithm search together are worse than the search alone; leave one out")
         if self.ablation and self.target == "onnx" and not parse_precision(self.precision).quantised:
             raise UserError(f"--ablation shows what rounding each part costs, and {self.precision} rounds none")
         if self.images is not None and self.data is None:

@@ -12,6 +12,8 @@ import torch
 from export.blocks import Blocks, quantise
 from export.calibrate import Group, Seen, best_scale, fold_scales, groups, observe
 from export.evidence import calibration_prompts
+from export.linear import Recipe, linear
+from export.precision import KINDS
 from export.reference import TorchBackend
 from export.widen import stored_dtype, widen
 
@@ -106,6 +108,32 @@ def test_folding_leaves_the_function_as_it_is(subjects: Callable[..., Any], deco
     backend = TorchBackend(dataclasses.replace(student, model=twin))
     before, after = (b.prefill_all(prompts[0]) for b in (TorchBackend(student), backend))
     assert np.abs(before - after).max() < 1e-4 * before.std()
+
+
+def test_importance_of_a_folded_matrix_is_that_of_what_it_sees(
+    subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--awq with --algorithm search: the columns are divided by the scale, and weighed so, as if observed after folding."""
+    import copy
+    import dataclasses
+
+    student = subjects("siglip", "qwen2").student
+    prompts, more = calibration_prompts(student, None, count=2)
+    calibration = observe(student, prompts, more)
+    folded = fold_scales(student, calibration, 4, ("decoder",))
+    twin = copy.deepcopy(student.model)
+    twin.lm_head.weight = torch.nn.Parameter(twin.lm_head.weight.clone(), requires_grad=False)
+    for path in folded.folds:
+        for name, _ in student.model.get_submodule(path).named_parameters(recurse=False):
+            getattr(twin.get_submodule(path), name).copy_(folded.weight(student.model.get_submodule(path), name))
+    observed = observe(dataclasses.replace(student, model=twin), prompts, more)
+    given: list[Any] = []
+    monkeypatch.setattr("export.linear.quantise", lambda *a: given.append(a[3]) or quantise(*a))
+    path = next(p for p, fold in folded.folds.items() if fold.input is not None)
+    recipe = Recipe(folded, KINDS["int4"], algorithm="search", ranges=calibration.ranges())
+    list(linear(recipe, student.model.get_submodule(path)).blocks())  # type: ignore[operator]
+    seen = observed.seen[path]
+    torch.testing.assert_close(given[0], seen.power_K / seen.weight, rtol=1e-3, atol=0)
 
 
 def test_scale_search_protects_a_loud_channel(subjects: Callable[..., Any]) -> None:

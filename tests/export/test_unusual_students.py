@@ -168,7 +168,6 @@ def test_yarn_that_llama_cpp_does_not_compute_is_refused(tmp_path: Path, key: st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--precision", "int4", "--awq", "--algorithm", "search"], "worse than the search alone"),
         (["--precision", "fp16", "--ablation"], "and fp16 rounds none"),
     ],
 )
