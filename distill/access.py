@@ -58,6 +58,11 @@ def image_token(model: nn.Module) -> int:
     return int(model.config.image_token_id)
 
 
+def latent_tokens(model: nn.Module) -> tuple[int, ...]:
+    """Ids of the latent tokens the model was given, see distill.latents; none for others."""
+    return tuple(getattr(model.config, "latent_token_ids", None) or ())
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a decoder takes in.

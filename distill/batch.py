@@ -46,14 +46,17 @@ class Batch:
         sample_N, place_N = self.response_BT[:, 1:].nonzero(as_tuple=True)
         return sample_N, place_N + 1
 
-    def response_tokens(self, normalise: str = "weight") -> Tensor:
+    def response_tokens(self, normalise: str = "weight", taught: bool = False) -> Tensor:
         """What the response terms are divided by.
 
         Args:
+            taught: leave out latent tokens, about which no teacher is asked.
             normalise: `weight` of all trained tokens together (their number, where none are weighted); `count` of those
                 that weigh anything; `sample`, of the samples.
         """
         trained_BT = self.response_BT[:, 1:]
+        if taught and self.latent_BT is not None:
+            trained_BT = trained_BT & ~self.latent_BT[:, 1:]
         if normalise == "sample":
             return trained_BT.any(dim=1).sum()
         if self.token_weight_BT is None:
@@ -68,11 +71,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What the terms are divided by: totals over all micro-batches (and processes) of a step."""
+    """What the terms are divided by: totals over all micro-batches (and processes) of a step.
+
+    Attributes:
+        taught_tokens: those of the response that a teacher is asked about; None where that is all of them.
+    """
 
     response_tokens: Tensor | float
     image_samples: Tensor | float
+    taught_tokens: Tensor | float | None = None
+
+    @property
+    def taught(self) -> Tensor | float:
+        return self.response_tokens if self.taught_tokens is None else self.taught_tokens
 
     @staticmethod
     def of(batch: Batch) -> Normaliser:
-        return Normaliser(batch.response_tokens().clamp(min=1), batch.image_samples().clamp(min=1))
+        return Normaliser(
+            batch.response_tokens().clamp(min=1),
+            batch.image_samples().clamp(min=1),
+            batch.response_tokens(taught=True).clamp(min=1),
+        )

@@ -86,7 +86,9 @@ def held_out_terms(
     for batch, counts in _turns(model, examples, n, collate, size):
         _, values = objective(model, batch, Normaliser(1, 1))
         tokens, images = float(batch.response_tokens()), float(batch.image_samples())
-        shares = {name: images if name.removesuffix(VARIANCE) in BY_IMAGE else tokens for name in values}
+        divisors = {"sft": tokens, **dict.fromkeys(BY_IMAGE, images)}
+        taught = float(batch.response_tokens(taught=True))
+        shares = {name: divisors.get(name.removesuffix(VARIANCE), taught) for name in values}
         mine += [({name: float(value) for name, value in values.items()}, shares)] if counts else []
     model.train(was_training)
     found = processes.in_order(processes.gather(mine))

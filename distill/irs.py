@@ -115,7 +115,7 @@ def _prompt(example: Example) -> _Prompt | None:
     """None where there is not exactly one image, or no instruction that could look at it."""
     spans = example.spans
     end = spans.index("response") if "response" in spans else len(spans)
-    first = dataclasses.replace(example, ids=example.ids[:end], spans=spans[:end])
+    first = example.cut(end)
     if len(example.pixels) != 1 or "instruction" not in first.spans or "image" not in first.spans:
         return None
     # a response ends a turn, so runs of it separate the turns' instructions

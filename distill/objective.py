@@ -97,7 +97,8 @@ class Objective:
         response = _response(batch)
         fixed = fixed_candidates(seen) if seen is not None and tpa else None
         draw = tpa and fixed is None
-        draws = _Draws(response, batch, key_B, self.align, access.image_token(student)) if draw else None
+        untaught = (access.image_token(student), *access.latent_tokens(student))
+        draws = _Draws(response, batch, key_B, self.align, untaught) if draw else None
         values = self._response_terms(loss, gold, response, seen, draws, normaliser)
         if seen is not None:
             blocks = [self._iva(batch, gold, seen, key_B, normaliser)] if iva else []
@@ -140,7 +141,7 @@ class Objective:
         # the token at t is predicted by the hidden state at t - 1
         at = response.sample_N, response.place_N - 1
         share_N = response.weight_N / normaliser.response_tokens
-        taught_N = share_N * response.taught_N
+        taught_N = response.weight_N * response.taught_N / normaliser.taught
         kd = seen is not None and "kd" in self.terms
         result = loss.add(
             Rows(
@@ -179,7 +180,7 @@ class Objective:
             candidates = ribbon.no_candidates(batch.input_ids_BT)  # other processes have some: follow their passes
         bias_BT = None if gate is None else gate.key_bias()
         hidden_BCD = candidate_hidden(student, batch, gold, candidates, self.align, bias_BT)
-        share_C = candidates.weight_BC[candidates.keep_BC] / normaliser.response_tokens
+        share_C = candidates.weight_BC[candidates.keep_BC] / normaliser.taught
         return _Block("tpa", hidden_BCD[candidates.keep_BC], seen.candidates(candidates), share_C)
 
 
@@ -225,10 +226,16 @@ def bounded(values: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Draws:
-    """Candidates of the response positions, drawn while the student's logits pass by."""
+    """Candidates of the response positions, drawn while the student's logits pass by.
 
-    def __init__(self, response: _Response, batch: Batch, key_B: Tensor, align: Align, image_token: int) -> None:
-        self.response, self.align, self.forbidden = response, align, (image_token,)
+    Args:
+        forbidden: tokens a teacher cannot be shown after an answer: images, and latents, which it does not know.
+    """
+
+    def __init__(
+        self, response: _Response, batch: Batch, key_B: Tensor, align: Align, forbidden: tuple[int, ...]
+    ) -> None:
+        self.response, self.align, self.forbidden = response, align, forbidden
         self.batch = len(batch.input_ids_BT)
         sample_N = response.sample_N
         key_N = ribbon.mix(key_B[sample_N] + batch.position_BT[sample_N, response.place_N])
@@ -243,7 +250,8 @@ class _Draws:
         if self.align.tpa_entropy > 0:
             uncertain = ribbon.entropy(logits_NV) >= self.align.tpa_entropy
             chosen, logits_NV = chosen[uncertain], logits_NV[uncertain]
-        ids, weight = ribbon.propose(logits_NV, self.uniform_NK[chosen], self.align.sampling, self.forbidden)
+        forbidden = [token for token in self.forbidden if token < logits_NV.shape[1]]
+        ids, weight = ribbon.propose(logits_NV, self.uniform_NK[chosen], self.align.sampling, forbidden)
         self.ids_NK[chosen], self.weight_NK[chosen] = ids, weight
 
     def candidates(self) -> ribbon.Candidates:

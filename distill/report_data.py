@@ -6,7 +6,6 @@ It is measured once, at the end of training, and kept in OUT/report.json; drawin
 from __future__ import annotations
 
 import base64
-import dataclasses
 import gc
 import importlib.metadata
 import io
@@ -99,7 +98,7 @@ def answers(run: Run, examples: Sequence[Example]) -> list[dict[str, Any]]:
         asked = [
             token for token, span in zip(example.ids[:start], example.spans, strict=False) if span == "instruction"
         ]
-        prompt = dataclasses.replace(example, ids=example.ids[:start], spans=example.spans[:start])
+        prompt = example.cut(start)
         limit = min(MOST_TOKENS, 2 * (end - start) + 8)
         value = {
             "question": tokenizer.decode(asked).strip(),

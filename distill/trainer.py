@@ -132,13 +132,18 @@ class DistillTrainer(Trainer):
             micro_batches.append(self.adjust(micro_batch, self.state.global_step) if self.adjust else micro_batch)
         batches, how = [to_batch(tensors) for tensors in micro_batches], self.config.tokens.normalise
         counts = [
-            [float(batch.response_tokens(how)), float(batch.image_samples()), float(batch.attention_mask_BT.sum())]
+            [
+                float(batch.response_tokens(how)),
+                float(batch.image_samples()),
+                float(batch.response_tokens(how, taught=True)),
+                float(batch.attention_mask_BT.sum()),
+            ]
             for batch in batches
-        ] or [[0.0, 0.0, 0.0]]
+        ] or [[0.0] * 4]
         counted = processes.total(torch.tensor(counts, device=device, dtype=torch.float64).sum(dim=0))
-        self._window.start_step(float(counted[2]))
+        self._window.start_step(float(counted[3]))
         # a step may weigh less than one token in all, but not nothing
-        return micro_batches, torch.where(counted[:2] > 0, counted[:2], 1.0)
+        return micro_batches, torch.where(counted[:3] > 0, counted[:3], 1.0)
 
     def compute_loss(
         self,
@@ -148,11 +153,7 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         batch = to_batch(inputs)
-        normaliser = (
-            Normaliser.of(batch)
-            if num_items_in_batch is None
-            else Normaliser(num_items_in_batch[0], num_items_in_batch[1])
-        )
+        normaliser = Normaliser.of(batch) if num_items_in_batch is None else Normaliser(*num_items_in_batch)
         seeds = self._seeds(len(batch.input_ids_BT))
 
         def work(student: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

@@ -35,6 +35,7 @@ T_99 |= {15: 2.947, 20: 2.845, 30: 2.750, 60: 2.660, 120: 2.617}
 ROWS = 256
 # steps and samples before having learned nothing from images counts against a student
 PATIENCE = 100
+FEWEST = 8  # samples from which the teacher is held to a gain
 PATIENCE_SAMPLES = 3200
 
 
@@ -172,7 +173,7 @@ class VisualWatch:
         self.warned: Verdict | None = None
 
     def verdict(self, step: int, student: Reading) -> Verdict:
-        if self.teacher is not None and self.teacher.gain.low <= 0:
+        if self.teacher is not None and self.teacher.gain.low <= 0 and self.teacher.gain.n >= FEWEST:
             return "mismatched"
         if student.moved == 0.0:
             return "unwired"

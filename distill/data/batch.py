@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,10 @@ class Example:
     steps: npt.NDArray[np.int16] | None = None
     weights: npt.NDArray[np.float32] | None = None
     number: int = 0
+
+    def cut(self, end: int) -> Example:
+        """The first `end` tokens, as a prompt: nothing is trained on it."""
+        return dataclasses.replace(self, ids=self.ids[:end], spans=self.spans[:end], steps=None, weights=None)
 
     @cached_property
     def codes(self) -> npt.NDArray[np.int8]:

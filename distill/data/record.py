@@ -125,6 +125,7 @@ def parse(raw: Raw, where: str, form: Format, root: Path) -> Record:
         _fail(where, key, "an empty conversation; remove the record")
     turns = [_turn(turn, where, f"{key}[{number}]") for number, turn in enumerate(value[key])]
     if isinstance(value.get("system"), str) and value["system"].strip():
+        _check_text(value["system"], where, "system")
         turns.insert(0, ("system", [_Part(value["system"])]))
     _check_order(turns, where, key)
     if key == "messages" and listed and not _images(turns):

@@ -165,7 +165,12 @@ class Streamed(Dataset):  # type: ignore[type-arg]
             _close(self._opened)
             self._next, self._epoch, self._epoch_rows = 0, -1, 1
         while self._next <= number:
-            row = next(self._opened[0], None) if self._opened else None
+            try:
+                row = next(self._opened[0], None) if self._opened else None
+            except Exception as error:  # every file format has errors of its own
+                raise DataError(
+                    f"{self.data} stream record {self._next}: cannot be read ({type(error).__name__}: {error}); copy it again"
+                ) from None
             if row is None:
                 self._begin_epoch()
                 continue

@@ -31,14 +31,14 @@ class TableSource:
             raise DataError(f"{names[0]} is an empty data set; name one with at least one conversation")
         self.kind, self.files = kind, tuple(files)
         self.fingerprint = str(table._fingerprint)
-        self._table = undecoded(table)
+        self._table = table.with_format("arrow")  # as stored: casting the image columns would write the data anew
         self._names, self._starts = tuple(names), np.cumsum([0, *rows[:-1]])
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Raw:
-        return Raw(self._table[int(index)])
+        return Raw(self._table[int(index)].to_pylist()[0])
 
     def where(self, index: int) -> str:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -46,7 +46,7 @@ class TableSource:
 
 
 def undecoded(table: Any) -> Any:
-    """The same rows with every image column as {"bytes", "path"} instead of decoded pictures."""
+    """The same rows of a stream with every image column as {"bytes", "path"} instead of decoded pictures."""
     import datasets
 
     if table.features is None:

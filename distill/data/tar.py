@@ -108,9 +108,15 @@ def _add_sample(
     firsts.append(len(members) // 2)
     shards.append(number)
     members.extend(group["json"])
-    for extension, place in group.items():
-        if extension.rpartition(".")[2] in IMAGES:
-            members.extend(place)
+    images = [extension for extension in group if extension.rpartition(".")[2] in IMAGES]
+    for extension in sorted(images, key=_number):
+        members.extend(group[extension])
+
+
+def _number(extension: str) -> tuple[bool, int]:
+    """`2.png` before `10.png`, whatever order an archive is in; names without a number stay in that order, behind."""
+    first = extension.partition(".")[0]
+    return not first.isdecimal(), int(first) if first.isdecimal() else 0
 
 
 def _member_name(file: Path, offset: int) -> str:
@@ -121,5 +127,9 @@ def _member_name(file: Path, offset: int) -> str:
 
 
 def _compressed(file: Path) -> bool:
-    with file.open("rb") as f:
+    try:
+        f = file.open("rb")
+    except OSError:
+        return False
+    with f:
         return f.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
