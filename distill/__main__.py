@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,8 +102,7 @@ def _train(argv: list[str]) -> int:
 
             result = train(dataclasses.replace(request.stages[0].config, out=out))
     except KeyboardInterrupt:
-        note(f"stopped; go on with: python -m distill train --resume --out {out}")
-        raise
+        return _stopped("train", out)
     if stages.is_main_process():
         from distill.report_html import finish
 
@@ -112,6 +112,14 @@ def _train(argv: list[str]) -> int:
 
     processes.leave()
     return 0
+
+
+def _stopped(command: str, out: Path) -> int:
+    """How to go on after Ctrl-C: before anything was written, with the same words."""
+    if not any((out / name).is_file() for name in ("config.json", "stages.json")):
+        raise KeyboardInterrupt
+    note(f"stopped; go on with: python -m distill {command} --resume --out {shlex.quote(str(out))}")
+    return 130
 
 
 def _teacher(argv: list[str]) -> int:
@@ -126,8 +134,7 @@ def _teacher(argv: list[str]) -> int:
     try:
         result = train(teacher_config(config))
     except KeyboardInterrupt:
-        note(f"stopped; go on with: python -m distill teacher --resume --out {config.out}")
-        raise
+        return _stopped("teacher", config.out)
     _print(result, as_json)
     return 0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.cli import AS_JSON, Extra, parse
 from distill.config import NEW_RUN, TrainConfig
+from distill.stages import standing_in
 from vlm.console import note, print_json
 from vlm.errors import UserError
 
@@ -92,7 +94,9 @@ def main(argv: Sequence[str]) -> int:
     results: list[dict[str, Any]] = []
     verified: list[Verified] = []
     done: set[str] = set()
-    for stage in request.stages:
+    for number, stage in enumerate(request.stages):
+        if number:
+            stage = dataclasses.replace(stage, config=standing_in(stage.config, configs[0]))
         where = f"stage {stage.name}: " if stage.name else ""
         if request.staged and not stage.config.needs_teacher:
             note(f"{where}{stage.config.objective} needs no teacher")

@@ -249,18 +249,19 @@ def _fill(
         stored = there.records(name)
         missing = [i for i in todo if i not in stored]
         _refuse_full_disk(out, round(measured.sample_bytes * len(missing)))
-        if len(missing) < len(todo):
-            note(f"{len(todo) - len(missing)} of {len(todo)} samples are there already")
-        progress = Progress(len(missing), f"cache {name.split('-')[0]}", every_s=10)
+        # data may have changed under the same name and numbers: what is there is told by content
+        present = 0
+        progress = Progress(len(todo), f"cache {name.split('-')[0]}", every_s=10)
         done: set[bytes] = set()
         added = 0
         size = work.config.batch_size
-        for start in range(0, len(missing), size):
-            records = missing[start : start + size]
+        for start in range(0, len(todo), size):
+            records = todo[start : start + size]
             new = [(i, data[i]) for i in records]
             keyed = [(i, example, sample_key(example)) for i, example in new]
             fresh: dict[bytes, tuple[int, Any]] = {}
             for i, example, key in keyed:
+                present += key in there
                 if key not in there and key not in done:
                     fresh.setdefault(key, (i, example))
             if fresh:
@@ -270,6 +271,8 @@ def _fill(
             done |= set(fresh)
             added += len(fresh)
             progress.advance(len(records), f"{_size(writer.written)} written")
+        if present:
+            note(f"{present} of {len(todo)} samples were there already")
         return added
     finally:
         writer.flush()

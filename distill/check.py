@@ -22,7 +22,7 @@ from distill.cli import AS_JSON, Extra, parse
 from distill.config import TrainConfig
 from distill.data import Example, Examples, at_hand, to_batch
 from distill.objective import Objective
-from distill.stages import START_FIELDS
+from distill.stages import standing_in
 from vlm.console import note, print_json
 from vlm.errors import GateFailed, UserError
 
@@ -36,6 +36,7 @@ EXTRAS = (
 # samples read to describe the data; lengths of all are known where the data set has counted them
 DRAWN = 256
 IRS_PAIRS = 24
+STANDS_IN = "will start from the student of the stage before; checked with the student the first stage starts from"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         config = stage.config
         notes: tuple[str, ...] = ()
         if number > 1:
-            config, notes = _as_first(config, request.stages[0].config)
+            config, notes = standing_in(config, request.stages[0].config), (STANDS_IN,)
         if request.staged:
             note(f"checking stage {number} of {len(request.stages)}, {stage.name}")
         report = check_stage(stage.name, config, int(request.extra["blind_samples"]), notes)
@@ -143,13 +144,6 @@ def main(argv: Sequence[str]) -> int:
         ]
         raise GateFailed(f"{len(failed)} of the checks failed: {'; '.join(failed)}")
     return 0
-
-
-def _as_first(config: TrainConfig, first: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
-    start: dict[str, Any] = {name: getattr(first, name) for name in ("student", *START_FIELDS)}
-    return dataclasses.replace(config, **start), (
-        "will start from the student of the stage before; checked with the student the first stage starts from",
-    )
 
 
 def check_stage(name: str, config: TrainConfig, blind_samples: int, notes: tuple[str, ...] = ()) -> StageReport:

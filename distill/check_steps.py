@@ -296,15 +296,16 @@ class Disk:
 def disk(config: TrainConfig, student: nn.Module, kept: int) -> Disk:
     """Sizes calculated from the parameters: float32 weights and the optimiser's state a checkpoint."""
     total = sum(p.numel() for p in student.parameters())
+    kept_weights = total if not config.lora.r else sum(p.numel() for p in student.parameters() if p.requires_grad)
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[config.save_dtype]
     saves = -(-config.steps // config.save_every)
     place = config.out.absolute()
     while not place.exists():
         place = place.parent
     return Disk(
-        4 * total + estimate_memory(student, config).state,
+        4 * kept_weights + estimate_memory(student, config).state,
         min(kept, saves),
         width * total,
         shutil.disk_usage(place).free,
-        4 * total if config.eval_every and config.keep_best != "none" else 0,
+        4 * kept_weights if config.eval_every and config.keep_best != "none" else 0,
     )

@@ -100,6 +100,10 @@ def last(out: Path) -> Path | None:
     return found[-1] if found else None
 
 
+# what torch says of a write that found no room
+CUT_SHORT = ("failed writing", "unexpected pos", "iostream error")
+
+
 def out_of_space(error: BaseException, where: Path) -> bool:
     """Whether a failed write means a full disk; torch and safetensors do not say so with an errno."""
     text = str(error)
@@ -107,7 +111,7 @@ def out_of_space(error: BaseException, where: Path) -> bool:
         return error.errno in DISK_FULL
     named = "No space left" in text or "Disk quota" in text
     try:
-        return named or ("failed writing" in text and shutil.disk_usage(where).free < 1 << 26)
+        return named or (any(words in text for words in CUT_SHORT) and shutil.disk_usage(where).free < 1 << 26)
     except OSError:
         return named
 

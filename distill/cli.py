@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+from distill.cli_flags import spell_out
 from distill.config import NEW_RUN, TrainConfig
 from vlm.errors import UserError
 
@@ -118,6 +119,7 @@ def parse(argv: list[str], command: str = "train", extras: tuple[Extra, ...] = (
         raise UserError(
             f"--stages.{sorted(unused)[0]}: the recipe has {have}; see `python -m distill {command} --help`"
         )
+    _refuse_placing(chosen, stages)
     found: list[Stage] = []
     for stage, words in stages or [("", [])]:
         where = f"{recipe} stage {stage}: " if stage else ""
@@ -142,7 +144,7 @@ def _parse_words(
             raise UserError(f"{where}preset {preset!r} is unknown; choose one of {', '.join(presets.PRESETS)}")
         parser.set_defaults(presets.PRESETS[preset])
     try:
-        namespace = parser.parse_args(_spell_out_flags(words, extras))
+        namespace = parser.parse_args(spell_out(words, [extra.name for extra in extras if extra.kind is bool]))
         extra = {item.name: namespace.pop(item.name) for item in extras}
         values = parser.instantiate(namespace)
         return TrainConfig(**values.as_dict()), extra
@@ -311,7 +313,12 @@ def _words(options: dict[Any, Any], where: str, prefix: str = "") -> list[str]:
                 raise UserError(f"{where}: {name} must hold `key: value` lines, got {value!r}")
             words += _words(value, where, f"{name}.")
         else:
-            words.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+            try:
+                value = ",".join(map(str, value)) if isinstance(value, list) else value
+                text = value if isinstance(value, str) else json.dumps(value)
+            except (TypeError, ValueError, RecursionError):
+                raise UserError(f"{where}: {name}: write {str(value)[:40]!r} in quotes") from None
+            words.append(f"--{name}={text}")
     return words
 
 
@@ -336,6 +343,17 @@ def _take_stage_options(argv: list[str]) -> tuple[dict[str, list[str]], list[str
     return chosen, rest
 
 
+def _refuse_placing(chosen: dict[str, list[str]], stages: list[tuple[str, list[str]]]) -> None:
+    """Where a run lies, and what a later stage starts from, is not a stage's to choose."""
+    for number, (stage, _) in enumerate(stages):
+        for word in chosen.get(stage, []):
+            name = word[2:].partition("=")[0]
+            if name in ("resume", "out"):
+                raise UserError(f"--stages.{stage}.{name}: {name} belongs to the whole run; write --{name}")
+            if number and name in ("student", "student_layers", "llm", "vision_tower", "feature_layer"):
+                raise UserError(f"--stages.{stage}.{name}: it starts from the student of the stage before; drop {name}")
+
+
 def _preset(words: list[str]) -> str | None:
     """The preset decides the defaults of all other options, so it is looked up before they are parsed."""
     value, _ = _take_option(words, "preset")
@@ -348,14 +366,6 @@ def _refuse_options_beside_resume(argv: list[str], extras: tuple[Extra, ...]) ->
     for word in argv:
         if word.startswith("--") and word.split("=", 1)[0] not in allowed:
             raise UserError(f"--resume takes its options from OUT/config.json; drop {word.split('=', 1)[0]}")
-
-
-def _spell_out_flags(words: list[str], extras: tuple[Extra, ...]) -> list[str]:
-    """`--resume` alone means `--resume=true`; the parser itself wants a value for every option."""
-    flags = {f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type == "bool"}
-    flags |= {f"--{extra.name}" for extra in extras if extra.kind is bool}
-    bare = [word in flags and (i + 1 == len(words) or words[i + 1].startswith("-")) for i, word in enumerate(words)]
-    return [f"{word}=true" if alone else word for word, alone in zip(words, bare, strict=True)]
 
 
 def _first_reason(error: Exception) -> str:

@@ -30,7 +30,7 @@ from distill.config import OBJECTIVES, TrainConfig
 from distill.stages import starting_from
 from vlm.console import Parser, Progress, natural, note, print_json, table
 from vlm.errors import ToolError, UserError
-from vlm.files import write_atomic
+from vlm.files import read_json, write_atomic
 from vlm.load import PROVENANCE
 
 SWEEP_SEED = 9001
@@ -282,9 +282,11 @@ def _step_times(plan: Plan, lrs: dict[str, float], rounds: int = 15) -> dict[str
     the learning-rate sweep.
     """
     stored = plan.out / "step_seconds.json"
+    made_with = {"sweep_steps": plan.sweep_steps, "lrs": lrs}
     if stored.is_file():
-        seconds: dict[str, float] = json.loads(stored.read_text())
-        if set(seconds) == set(plan.objectives):
+        kept = read_json(stored)
+        if kept.get("made_with") == made_with and set(kept["seconds"]) == set(plan.objectives):
+            seconds: dict[str, float] = kept["seconds"]
             return seconds
     from distill.steptime import measure
 
@@ -299,7 +301,7 @@ def _step_times(plan: Plan, lrs: dict[str, float], rounds: int = 15) -> dict[str
     }
     at_start, at_end = measure(fresh, rounds), measure(trained, rounds)
     seconds = {name: (at_start[name] + at_end[name]) / 2 for name in plan.objectives}
-    write_atomic(stored, json.dumps(seconds) + "\n")
+    write_atomic(stored, json.dumps({"made_with": made_with, "seconds": seconds}) + "\n")
     return seconds
 
 

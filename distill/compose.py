@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distill import access, templates
 from distill.assemble import IMAGE, save_checkpoint
 from vlm.console import note
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, UserError
 from vlm.files import atomic_dir, read_json
 from vlm.load import PROVENANCE, Checkpoint, load_model, open_checkpoint
 
@@ -91,8 +91,12 @@ def once(out: Path, recipe: dict[str, Any], write: Callable[[], None]) -> Path:
         stored = out / PROVENANCE
         return stored.is_file() and {name: read_json(stored).get(name) for name in recipe} == recipe
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = (out.parent / f".{out.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {out.parent} ({error.strerror}); choose another --out") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done():
             write()

@@ -28,7 +28,7 @@ from distill.placement import computes_on, student_device
 from distill.ribbon import for_decoder
 from distill.stages import starting_from
 from vlm import chat, preprocess
-from vlm.files import write_atomic
+from vlm.files import read_json, write_atomic
 
 if TYPE_CHECKING:
     from distill.train import Run
@@ -52,8 +52,9 @@ def collect(out: Path, config: TrainConfig, shown: int = SHOWN) -> dict[str, Any
     run.student.to(student_device())
     examples, split = _held_out(run)
     chosen = evenly(examples, shown)
+    stored = read_json(out / FACTS) if (out / FACTS).is_file() else {}
     facts = {
-        "environment": environment(),
+        "environment": stored.get("environment") or environment(),  # the machine that trained
         "data": _data_facts(run, config.seed),
         "split": split,
         "samples": answers(run, chosen) if chosen else [],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from distill import processes
+from distill import checkpoint, processes
 from distill.config import TrainConfig
 from vlm.console import Progress
 from vlm.errors import UserError
@@ -64,8 +64,13 @@ class Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if not processes.is_first() or "train_runtime" in logs:  # the summary counts this process's steps only
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        except OSError as error:
+            if not checkpoint.out_of_space(error, self.path.parent):
+                raise
+            raise checkpoint.no_space(self.path.parent) from None
         shown = ("loss", "sft", "kd", "iva", "tpa", "concept", "traj", "eval_exact_match")
         if any(name in logs for name in shown):
             self._detail = "  ".join(f"{name} {float(logs[name]):.3f}" for name in shown if name in logs)

@@ -54,6 +54,12 @@ def starting_from(config: TrainConfig, student: Path, plain: bool = False) -> Tr
     return dataclasses.replace(config, **changes, student=str(student), resume=False)
 
 
+def standing_in(config: TrainConfig, first: TrainConfig) -> TrainConfig:
+    """A later stage with the student the first one starts from: its own is not made yet."""
+    start: dict[str, Any] = {name: getattr(first, name) for name in ("student", *START_FIELDS)}
+    return dataclasses.replace(config, **start)
+
+
 def start(request: Request, out: Path) -> TrainResult:
     """Train the stages of a request from the beginning.
 

@@ -13,10 +13,11 @@ from distill.data import batches
 from distill.objective import Normaliser
 from distill.optimizers import build_optimizer
 from distill.run import load_run
+from distill.train import recomputed
 
 
 def measure(configs: Mapping[str, TrainConfig], rounds: int, warmup: int = 3) -> dict[str, float]:
-    """Median seconds a step by name: data, forward, backward and optimiser; A B C A B C ... order."""
+    """Median seconds a step by name: data, forward and backward of every micro-batch, and optimiser; A B C A B C ... order."""
     before = torch.get_num_threads()
     torch.set_num_threads(next(iter(configs.values())).threads or before)
     steps = {name: _stepper(config) for name, config in configs.items()}
@@ -33,17 +34,20 @@ def measure(configs: Mapping[str, TrainConfig], rounds: int, warmup: int = 3) ->
 
 def _stepper(config: TrainConfig) -> Callable[[int], None]:
     run = load_run(config)
-    objective = run.objective(config.align, max(config.align.iva_layer, 0))
+    objective = run.objective(recomputed(run), max(config.align.iva_layer, 0))
     optimizer = build_optimizer(config, run.student, objective.extra_parameters())
     collate = run.collate()
 
+    samples, device = config.batch_size * config.accumulate, run.student.device
+
     def step(turn: int) -> None:
-        indices = range(turn * config.batch_size, (turn + 1) * config.batch_size)
-        for batch in batches(run.data.train, indices, config.batch_size, collate, run.student.device):
-            loss, _ = objective(run.student, batch, Normaliser.of(batch))
+        indices = [index % len(run.data.train) for index in range(turn * samples, (turn + 1) * samples)]
+        for batch in batches(run.data.train, indices, config.batch_size, collate, device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                loss, _ = objective(run.student, batch, Normaliser.of(batch))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(run.student.parameters(), config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(run.student.parameters(), config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step

@@ -8,6 +8,7 @@ from typing import Any
 
 from distill.config import Align, LearningRates, Lora, LossWeights, TrainConfig
 from distill.methods import FiraOptions, KpodOptions, LavitOptions, Tokens
+from vlm.errors import UserError
 
 PATHS = ("data", "images", "eval_data", "teacher_cache", "optim_state", "out")
 NESTED: dict[str, Any] = {
@@ -29,6 +30,9 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 
 def config_from_json(value: dict[str, Any]) -> TrainConfig:
     """What `config_to_json` wrote, also by an earlier version: options it did not know have their defaults."""
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(set(value) - fields):
+        raise UserError(f"the stored run has the option {unknown[0]!r}, which this version does not know; update it")
     paths = {name: Path(value[name]) for name in PATHS if value.get(name) is not None}
     nested = {name: make(**value[name]) for name, make in NESTED.items() if name in value}
     return TrainConfig(**{**value, **paths, **nested})

@@ -50,6 +50,7 @@ from vlm.files import atomic_dir, read_json, write_atomic
 from vlm.load import PROVENANCE
 
 CONFIG = "config.json"
+DATA = "data.json"
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ def train(config: TrainConfig) -> TrainResult:
     run = processes.one_after_another(lambda: load_run(config))
     processes.say(groups.table(groups.parameter_groups(config, run.student), run.student))
     processes.say("\n".join(optimizers.header(config, run.student)))
+    if config.resume:
+        processes.first(lambda: _refuse_other_data(run))
     iva_layer, scores = processes.first(lambda: _iva_layer(run))
-    processes.first(lambda: _start_run_directory(config, scores))
+    processes.first(lambda: _start_run_directory(run, scores))
     processes.first(lambda: write_skipped(run.data.train, config.out))
     run, adjust = _weighted(run)
     if config.has_latents:
@@ -162,12 +165,32 @@ def _watch(run: Run, collate: Collator) -> Callable[[DistillTrainer, int], dict[
     return inspect
 
 
-def _start_run_directory(config: TrainConfig, scores: irs.LayerScores | None) -> None:
+def _content(run: Run) -> dict[str, Any]:
+    """What tells the data of a run from other data, wherever it lies."""
+    found = run.data.description
+    return {
+        name: {key: part[key] for key in ("content_sha256", "sha256", "samples") if key in part}
+        for name, part in (("train", found), ("eval", found.get("eval") or {}))
+    }
+
+
+def _refuse_other_data(run: Run) -> None:
+    """Samples trained on before could be held out now, and nobody would see it."""
+    stored = run.config.out / DATA
+    if stored.is_file() and read_json(stored) != _content(run):
+        raise UserError(
+            f"the data of {run.config.out} has changed since it was begun; put it back to --resume, or begin a new run"
+        )
+
+
+def _start_run_directory(run: Run, scores: irs.LayerScores | None) -> None:
+    config = run.config
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run folder {config.out} ({error.strerror}); choose another --out") from None
     write_atomic(config.out / CONFIG, json.dumps(config_to_json(config), indent=1) + "\n")
+    write_atomic(config.out / DATA, json.dumps(_content(run), indent=1) + "\n")
     if scores is not None:
         write_atomic(config.out / "irs.json", json.dumps(scores.to_json()) + "\n")
         irs.plot(scores, config.out / "irs.png")
@@ -193,7 +216,7 @@ def _open_run_directory(config: TrainConfig) -> TrainConfig:
         if not stored.is_file():
             raise UserError(f"{config.out} holds no run to resume; drop --resume or name its folder with --out")
         note(f"resuming {config.out} with the options stored there")
-        return dataclasses.replace(config_from_json(json.loads(stored.read_text())), out=config.out, resume=True)
+        return dataclasses.replace(config_from_json(read_json(stored)), out=config.out, resume=True)
     if stored.exists():
         raise UserError(f"{config.out} already holds a run; add --resume to go on or choose another --out")
     return config

@@ -96,17 +96,18 @@ def atomic_dir(target: Path) -> Iterator[Path]:
         _publish(work, target)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError) and _disk_full(error):
+        if _disk_full(error):
             raise UserError(
                 f"disk full while writing {target}; free space or choose another folder with --out"
             ) from error
         raise
 
 
-def _disk_full(error: OSError) -> bool:
-    """Whether a write found no room; `ndarray.tofile` reports a short write without the error's number."""
-    short = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or bool(short)
+def _disk_full(error: BaseException) -> bool:
+    """Whether a write found no room; `ndarray.tofile` and safetensors say so in words alone."""
+    number = getattr(error, "errno", None)
+    words = number is None and re.search(r"\d+ requested and \d+ written|No space left|Disk quota", str(error))
+    return number in (errno.ENOSPC, errno.EDQUOT) or bool(words)
 
 
 def _publish(work: Path, target: Path) -> None:
