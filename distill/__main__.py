@@ -156,6 +156,8 @@ def parse_teacher(argv: list[str]) -> tuple[TrainConfig, bool]:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
     args = parser.parse_args(argv)
+    if args.resume and (args.seed or args.threads):
+        raise UserError("--resume goes on with the options stored in its folder; drop --seed and --threads")
     config = TrainConfig(preset="digits", seed=args.seed, threads=args.threads, out=args.out, resume=args.resume)
     return config, args.json
 

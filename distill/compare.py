@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -188,8 +189,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _folder(name: str) -> str:
-    """The name of an objective with options as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9+._=-]+", "_", name)
+    """The name of an objective with options as part of a file name; what differs in other characters alone stays apart."""
+    plain = re.sub(r"[^A-Za-z0-9+._=-]+", "_", name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def _config(plan: Plan, folder: str, name: str, steps: int, lr: float, seed: int) -> TrainConfig:

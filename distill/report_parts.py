@@ -80,7 +80,8 @@ def columns(found: Sequence[dict[str, Any]]) -> str:
     rows: list[tuple[str, list[Any]]] = [("objective", [column["objective"] for column in found])]
     rows += [(label, [column[key] for column in found]) for key, label in NUMBERS.items()]
     rows.append(("exact match", [accuracy(column) for column in found]))
-    for key in ("held out sft", "held out kd", "held out iva", "held out tpa", "visual_gain"):
+    terms = ("sft", "kd", "iva", "tpa", "concept", "traj")
+    for key in (*(f"held out {term}" for term in terms), "visual_gain"):
         values = [column.get(key) for column in found]
         if any(value is not None for value in values):
             rows.append((key.replace("_", " "), values))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from distill import checkpoint, cli, report_data, steptime
+from distill import checkpoint, cli, compare, report_data, steptime
 from distill.__main__ import main
 from distill.cache_build import CacheOptions
 from distill.cache_command import main as cache
@@ -175,6 +175,23 @@ def test_the_machine_that_trained_stays_in_the_report(models: Path, tmp_path: Pa
     facts["environment"]["device"] = "8 x H200"
     path.write_text(json.dumps(facts))
     assert report_data.collect(config.out, config, shown=1)["environment"]["device"] == "8 x H200"
+
+
+def test_variants_that_differ_in_punctuation_have_folders_of_their_own() -> None:
+    names = (
+        "sft",
+        "sft:optim=fira;fira.rank=16",
+        "sft:optim=fira fira.rank=16",
+        "sft:student=runs/a",
+        "sft:student=runs_a",
+    )
+    assert len({compare._folder(name) for name in names}) == 5
+    assert compare._folder("kd+iva") == "kd+iva"
+
+
+def test_a_teacher_goes_on_with_its_own_seed() -> None:
+    with pytest.raises(UserError, match="drop --seed"):
+        main(["teacher", "--resume", "--out", "x", "--seed", "7"])
 
 
 RECIPE = "objective: sft\nstages:\n  - name: a\n  - name: b\n"
