@@ -6,6 +6,7 @@ It is measured once, at the end of training, and kept in OUT/report.json; drawin
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
 import importlib.metadata
 import io
@@ -28,6 +29,7 @@ from distill.placement import computes_on, student_device
 from distill.ribbon import for_decoder
 from distill.stages import starting_from
 from vlm import chat, preprocess
+from vlm.errors import CheckpointError
 from vlm.files import read_json, write_atomic
 
 if TYPE_CHECKING:
@@ -52,7 +54,9 @@ def collect(out: Path, config: TrainConfig, shown: int = SHOWN) -> dict[str, Any
     run.student.to(student_device())
     examples, split = _held_out(run)
     chosen = evenly(examples, shown)
-    stored = read_json(out / FACTS) if (out / FACTS).is_file() else {}
+    stored = {}
+    with contextlib.suppress(CheckpointError):  # cut by a kill, or not there
+        stored = read_json(out / FACTS)
     facts = {
         "environment": stored.get("environment") or environment(),  # the machine that trained
         "data": _data_facts(run, config.seed),

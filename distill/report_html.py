@@ -221,7 +221,7 @@ def write(run: Path, stages: Sequence[Record], others: list[dict[str, Any]] | No
     """
     stored = run / CONTROLS
     if others is None:
-        others = json.loads(stored.read_text())["columns"] if stored.is_file() else []
+        others = read_json(stored).get("columns", []) if stored.is_file() else []
     else:
         write_atomic(stored, json.dumps({"columns": others}) + "\n")
     path = run / PAGE

@@ -313,3 +313,15 @@ def test_an_interrupted_command_says_one_thing(models: Path, tmp_path: Path) -> 
     assert "go on with" in done.stderr
     assert "run the same command again" not in done.stderr
     assert torch.get_num_threads() >= 1
+
+
+def test_a_cut_report_is_measured_again(models: Path, tmp_path: Path) -> None:
+    config = tiny(models, tmp_path / "run", data=write(tmp_path, 1))
+    train(config)
+    report_data.collect(config.out, config)
+    path = config.out / report_data.FACTS
+    path.write_text(path.read_text()[:-20])
+    assert report_data.collect(config.out, config)["environment"]
+    (config.out / "controls.json").write_text('{"columns": [')
+    with pytest.raises(UserError, match=r"controls\.json is not valid JSON"):
+        main(["report", str(config.out)])
