@@ -246,23 +246,17 @@ def test_a_folder_that_cannot_be_written_is_one_line(models: Path, tmp_path: Pat
         )
 
 
+def command(models: Path, out: Path) -> list[str]:
+    text = f"train --preset digits --objective sft --student {models}/student --samples 8 --batch_size 2 --threads 1"
+    return [*text.split(), "--steps", "4", "--visual_every", "0", "--out", str(out)]
+
+
 def test_how_to_go_on_after_an_interruption(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Once there is something to resume, with words that can be pasted; before that, with the same command."""
     out = tmp_path / "r 1"
-    words = [
-        "train",
-        "--preset",
-        "digits",
-        "--objective",
-        "sft",
-        "--student",
-        str(models / "student"),
-        "--samples",
-        "8",
-    ]
-    words += ["--batch_size", "2", "--threads", "1", "--steps", "4", "--visual_every", "0", "--out", str(out)]
+    words = command(models, out)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
         assert main(words) == 130
@@ -285,29 +279,7 @@ def test_an_interrupted_command_says_one_thing(models: Path, tmp_path: Path) -> 
         "def stop(self, *a, **k):\n    os.kill(os.getpid(), signal.SIGINT)\n    return step(self, *a, **k)\n"
         "T.training_step = stop\nrun_command(main)\n"
     )
-    words = [
-        "train",
-        "--preset",
-        "digits",
-        "--objective",
-        "sft",
-        "--student",
-        str(models / "student"),
-        "--samples",
-        "8",
-    ]
-    words += [
-        "--batch_size",
-        "2",
-        "--threads",
-        "1",
-        "--steps",
-        "4",
-        "--visual_every",
-        "0",
-        "--out",
-        str(tmp_path / "r"),
-    ]
+    words = command(models, tmp_path / "r")
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert "go on with" in done.stderr
