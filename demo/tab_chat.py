@@ -163,7 +163,7 @@ class Handlers:
                             return
                         session.messages = [*earlier, _assistant(said, reply.html)]
                         yield {self.w.chat: session.messages}
-            if remember:
+            if remember and session.cancel is cancel:
                 session.heard(asked, said)
             return
         except ContextOverflow as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -126,6 +125,12 @@ def parse(argv: Sequence[str]) -> Plan:
     objectives = tuple(dict.fromkeys(name.strip() for name in args.objectives.split(",") if name.strip()))
     for name in objectives:
         variant(args.preset, name)
+    folders = {_folder(name): name for name in reversed(objectives)}
+    if alike := [name for name in objectives if folders[_folder(name)] != name]:
+        raise UserError(
+            f"{alike[0]!r} and {folders[_folder(alike[0])]!r} would share their runs: names must differ in more than "
+            "punctuation"
+        )
     if not objectives or args.seeds < 1 or args.jobs < 1:
         raise UserError("name at least one objective, one seed and one job")
     try:
@@ -189,9 +194,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _folder(name: str) -> str:
-    """The name of an objective with options as part of a file name; what differs in other characters alone stays apart."""
-    plain = re.sub(r"[^A-Za-z0-9+._=-]+", "_", name)
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    """The name of an objective with options as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9+._=-]+", "_", name)
 
 
 def _config(plan: Plan, folder: str, name: str, steps: int, lr: float, seed: int) -> TrainConfig:
@@ -287,9 +291,12 @@ def _step_times(plan: Plan, lrs: dict[str, float], rounds: int = 15) -> dict[str
     made_with = {"sweep_steps": plan.sweep_steps, "lrs": lrs}
     if stored.is_file():
         kept = read_json(stored)
-        if kept.get("made_with") == made_with and set(kept["seconds"]) == set(plan.objectives):
-            seconds: dict[str, float] = kept["seconds"]
+        # an earlier version measured the same for what has no options
+        early = "made_with" not in kept and not any(":" in name for name in plan.objectives)
+        seconds: dict[str, float] = kept if early else kept.get("seconds", {})
+        if set(seconds) == set(plan.objectives) and (early or kept.get("made_with") == made_with):
             return seconds
+        note("step times were measured for other settings; measuring them again")
     from distill.steptime import measure
 
     # a student that has to be made first needs a place

@@ -227,7 +227,8 @@ def build(root: Path, options: BuildOptions | None = None, device: dict[str, str
     done = _finished(folder, parts)
     if not options.force and set(done) == {f"{name}.engine" for name in plan["engines"]}:
         print(f"{folder.name}: up to date", file=sys.stderr)
-        os.utime(folder / engine_key.RECORD)  # the runtime takes what was asked for last
+        with contextlib.suppress(OSError):  # read-only, or somebody else's
+            os.utime(folder / engine_key.RECORD)  # the runtime takes what was asked for last
         return folder, False
     workspace = check_memory(plan, options)
     major_minor = ".".join(map(str, _version(trt.__version__)))

@@ -43,7 +43,7 @@ ALWAYS_STOP = (
         "<|calls|>",
         "<|flush|>",
         "[e~[",
-        "\u2039\uff5cend\u2581of\u2581sentence\uff5c>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
     ),
     *(
         "<PAD>",

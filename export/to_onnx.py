@@ -19,7 +19,7 @@ from export.declare import GraphSpec, decoder_spec, embed_spec, example_inputs, 
 from export.precision import KINDS, Algorithm, Flavour, Precision
 from export.sizes import describe, tensor_bytes
 from export.stages import Stages, code_sha256, student_key
-from export.student import Facts, Student
+from export.student import Facts, Student, read_config
 from vlm import allocator
 from vlm.errors import GateFailed
 from vlm.files import read_json
@@ -310,7 +310,7 @@ def write_configs(
     additional = int(processor.get("num_additional_image_tokens", 1 if student.facts.tower == "clip" else 0))
     shared = {
         "processor_class": "LlavaProcessor",
-        "patch_size": config["vision_config"]["patch_size"],
+        "patch_size": read_config(student.checkpoint).vision_config.patch_size,
         "vision_feature_select_strategy": "full" if drop_first else student.facts.select,
         "num_additional_image_tokens": additional - drop_first,
     }

@@ -42,7 +42,11 @@ WATCH_S = 0.05
 MAX_REPLY = 1 << 20
 KEY_VARIABLE = "ALIGN_EDGE_API_KEY"
 FINISH: dict[str, Finish] = {"stop": "stop", "length": "length"}
-TOO_LONG = (ContextOverflow.code, "context_length_exceeded")
+# ours, OpenAI's, llama.cpp's, and what vLLM and llama-cpp-python write
+TOO_LONG = (
+    *(ContextOverflow.code, "context_length_exceeded", "exceed_context_size_error"),
+    *("maximum context length", "exceeds the available context size"),
+)
 MAGIC = (
     (b"\x89PNG", "image/png"),
     (b"\xff\xd8", "image/jpeg"),
@@ -160,7 +164,7 @@ def _refusal(status: int, body: bytes) -> Exception:
     code = ""
     try:
         error = json.loads(body)["error"]
-        message, code = str(error["message"]), str(error.get("code"))
+        message, code = str(error["message"]), f"{error.get('code')} {error.get('type')}"
     except (ValueError, LookupError, TypeError):
         message = body[:200].decode("utf-8", "replace")
     if status == 429:
@@ -168,10 +172,9 @@ def _refusal(status: int, body: bytes) -> Exception:
     if status >= 500:
         return ModelFailed(f"the server answers {status} ({message})")
     text = f"the server refuses the request: {status}, {message}"
-    if code in TOO_LONG:
+    if any(words in f"{code} {message.lower()}" for words in TOO_LONG):
         return TooLong(text)
-    # a body that is too large is so by its images
-    return BadImage(text) if status == 413 or code == BadImage.code else UserError(text)
+    return BadImage(text) if BadImage.code in code.split() else UserError(text)
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from runtime.batch import Batches
 from runtime.evaluation import (
+    JUDGED,
     SCHEMA,
     Checked,
     Identity,
@@ -37,7 +38,6 @@ from vlm.scoring.choice import MODES
 from vlm.scoring.summary import Record, Summary
 
 RUNS = Path("runs/eval")
-JUDGED = "mme-reasoning"  # whose open questions no rule decides well
 SHOWN = 40  # lines of the breakdown printed to a terminal
 
 

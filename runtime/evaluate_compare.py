@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtime.evaluation import SCHEMA
+from runtime.evaluation import JUDGED, SCHEMA
 from runtime.tasks.tables import json_lines
 from vlm.console import note, print_json, table
 from vlm.errors import GateFailed, UserError
@@ -48,7 +48,10 @@ def compare(arguments: argparse.Namespace) -> int:
             f"replies were read in mode {first['mode']} and {second['mode']}; evaluate one again with "
             f"`--mode {first['mode']}` (no model is run for it)"
         )
-    if first.get("judge") != second.get("judge"):
+    told = ["judge" in value for value in (first, second)]
+    if first["task"] == JUDGED and not all(told):
+        note("warning: a run of an earlier version does not say whether a judge decided its open questions")
+    elif bool(first.get("judge")) != bool(second.get("judge")):
         raise UserError(
             f"open questions were decided by {_decided(first)} and by {_decided(second)}; evaluate one again "
             "as the other (no model is run for it)"

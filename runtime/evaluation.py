@@ -30,6 +30,7 @@ from vlm.files import write_atomic
 from vlm.manifest import NAME as MANIFEST
 from vlm.manifest import read_manifest
 
+JUDGED = "mme-reasoning"  # whose open questions no rule decides well
 SCHEMA = "vlm-eval/1"
 SYNC_S = 2.0  # at most so many seconds of answers are lost when the power goes
 RETRIES = 4

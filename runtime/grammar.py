@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import re
 from typing import Any
 
@@ -20,8 +19,9 @@ MAX_BRACKETS = 2000
 # every repetition is written out
 MAX_REPEATS = 1000
 COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
-NO_BRACKET = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
-BRACES = re.compile(r"\{(\d*),?(\d*)\}")
+# what is not closed goes on to the end, so that every character is looked at once
+NO_BRACKET = re.compile(r'"(?:\\.|[^"\\])*(?:"|\\?\Z)|\[(?:\\.|[^\]\\])*(?:\]|\\?\Z)|#[^\n]*', re.DOTALL)
+REPEAT = re.compile(r"\{(\d{0,9})(?:,(\d{0,9}))?\}")
 
 
 class LlamaGrammar:
@@ -66,6 +66,8 @@ class LlamaGrammar:
 def _gbnf(schema_json: str) -> str:
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
+    if len(schema_json) > MAX_GRAMMAR:
+        raise UserError(f"the JSON schema has {len(schema_json)} characters, more than {MAX_GRAMMAR}; make it smaller")
     try:
         schema = json.loads(schema_json)
         if not isinstance(schema, dict) or _depth(schema) > MAX_DEPTH:
@@ -89,10 +91,33 @@ def _refuse_long(value: Any) -> None:
         for name in COUNTS:
             _refuse_count(name, value.get(name))
         if isinstance(pattern := value.get("pattern"), str):
-            counts = (max(int(low or 1), int(high or 1), 1) for low, high in BRACES.findall(pattern))
-            _refuse_count("pattern", math.prod(counts))
+            _refuse_count("pattern", _repeats(pattern))
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _refuse_long(child)
+
+
+def _repeats(pattern: str) -> int:
+    """How often the deepest part of a regular expression is written out: repeats of groups in each other multiply.
+
+    What it counts of brackets inside character classes is too much, never too little.
+    """
+    inside, most = [1], 1  # the largest count so far at each depth of groups
+    at = 0
+    while at < len(pattern):
+        character = pattern[at]
+        at += 2 if character == "\\" else 1
+        closed = 1
+        if character == "(":
+            inside.append(1)
+            continue
+        if character == ")" and len(inside) > 1:
+            closed = inside.pop()
+        if found := REPEAT.match(pattern, at):
+            closed *= max(int(found[1] or 1), int(found[2] or 1), 1)
+            at = found.end()
+        inside[-1] = max(inside[-1], closed)
+        most = max(most, *inside[-1:])
+    return max(most, *inside)
 
 
 def _refuse_count(name: str, count: Any) -> None:

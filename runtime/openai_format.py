@@ -167,7 +167,9 @@ class _Fields:
 
     def given(self, name: str, kind: type) -> Any:
         """As `take`, None where it is absent or null."""
-        return None if self._left.get(name) is None else self.take(name, kind, None)
+        if self._left.get(name) is None:
+            return self.pop(name)
+        return self.take(name, kind, None)
 
     def end(self) -> None:
         if self._left:

@@ -177,6 +177,30 @@ def test_a_new_chat_stays_empty_whatever_becomes_of_the_old_question(when: str) 
     assert on.end(session)[0] == []
 
 
+def test_a_new_chat_after_the_last_word_remembers_nothing() -> None:
+    """The answer is whole and shown, its generator is not done yet."""
+    session = asked()
+    session.show([Picture(EncodedImage(png_bytes()), "<img>", "/x.png")])
+    on = handlers()
+
+    async def go() -> None:
+        async for _ in on.answer(session, "m", True, *CONTROLS):
+            if session.messages and "…" not in str(session.messages[-1]["content"][0]):
+                on.new_chat(session)
+        assert (session.messages, session.turns, session.given) == ([], [], None)
+
+    try:
+        asyncio.run(go())
+    finally:
+        on.engines.close()
+
+
+def png_bytes() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_a_session_that_expired_starts_over() -> None:
     on = handlers()
     assert NO_IMAGE in on.begin(None, "what ?")["notice"]

@@ -77,6 +77,8 @@ def test_sizes_that_equal_their_defaults_need_not_be_stored(tmp_path: Path) -> N
         student, "config.json", vision_config={k: v for k, v in vision.items() if k not in ("image_size", "patch_size")}
     )
     assert open_checkpoint(student).image.tokens == 196
+    assert exported(student, "--target", "onnx", "--precision", "fp32").verified
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["patch_size"] == 16
 
 
 def test_a_head_finer_than_its_decoder_is_stored_so(tmp_path: Path) -> None:

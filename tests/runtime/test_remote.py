@@ -169,7 +169,17 @@ def test_a_server_that_does_not_count_leaves_tpot_unknown() -> None:
         (reply(b'{"error": {"message": "9 > 4", "code": "context_overflow"}}', "400 Bad"), ContextOverflow, "9 > 4"),
         (reply(b'{"error": {"message": "9 > 4", "code": "context_length_exceeded"}}', "400 Bad"), ContextOverflow, ""),
         (reply(b'{"error": {"message": "no GIF", "code": "bad_image"}}', "400 Bad"), BadImage, "no GIF"),
-        (reply(b'{"error": {"message": "64 MB"}}', "413 Large"), BadImage, "64 MB"),
+        (reply(b'{"error": {"message": "64 MB"}}', "413 Large"), UserError, "413, 64 MB"),
+        (
+            reply(b'{"error": {"code": 400, "type": "exceed_context_size_error", "message": "x"}}', "400 B"),
+            ContextOverflow,
+            "x",
+        ),
+        (
+            reply(b'{"error": {"code": 400, "message": "Maximum context length is 9"}}', "400 B"),
+            ContextOverflow,
+            "is 9",
+        ),
         (reply(b'{"error": "no such model"}', "404 Bad"), UserError, "404"),
         (reply(b"oops", "500 Bad"), ModelFailed, "answers 500"),
         (reply(chunk("half")), ModelFailed, "ended its stream without saying why"),

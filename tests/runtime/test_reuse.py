@@ -112,6 +112,14 @@ def test_answers_follow_a_grammar(gguf_artifact: Path) -> None:
         ({"json_schema": '{"type": "array", "minItems": 1000000000}'}, "repeats 1000000000 times .minItems"),
         ({"json_schema": '{"items": [{"type": "string", "maxLength": 1e12}]}'}, "times .maxLength"),
         ({"json_schema": '{"type": "string", "pattern": "^((a{90}){90}){,90}$"}'}, "repeats 729000 times .pattern"),
+        # looked at once, whatever is left open: these took minutes, during which nobody else was heard
+        ({"grammar": "root ::= " + "[" * 90000}, "not valid GBNF"),
+        ({"grammar": "root ::= " + '"' * 90001}, "not valid GBNF"),
+        (
+            {"json_schema": '{"type": "string", "pattern": "^a{' + "1" * 90000 + '"}'},
+            "JSON schema cannot be used|not valid",
+        ),
+        ({"json_schema": '{"type": "string", "pattern": "' + "a" * 200000 + '"}'}, "200033 characters"),
     ],
 )
 def test_wrong_grammars_are_the_users_mistake(gguf_artifact: Path, wrong: dict[str, str], message: str) -> None:
@@ -119,3 +127,34 @@ def test_wrong_grammars_are_the_users_mistake(gguf_artifact: Path, wrong: dict[s
         with pytest.raises(UserError, match=message):
             list(engine.generate([question("hi")], Sampling(**wrong)))  # type: ignore[arg-type]
         assert ask(engine, [question("hi")], "all")[0]
+
+
+UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "times"),
+    [
+        (UUID, 12),
+        ("^a{2}b{3}(c{4}d{5}){6}$", 30),
+        ("^((a{10}){10}){,10}(b{7}|c)$", 1000),
+        (r"^\\(a{3}\\){5}$", 15),
+        (r"^\(a{3}\){5}$", 5),
+        ("^(a|b{2}){3,4}(", 8),
+        ("no repeats", 1),
+    ],
+)
+def test_repeats_multiply_in_each_other_only(pattern: str, times: int) -> None:
+    from runtime.grammar import _repeats
+
+    assert _repeats(pattern) == times
+
+
+def test_an_ordinary_pattern_holds_an_answer(gguf_artifact: Path) -> None:
+    import re
+
+    sampling = Sampling(max_new_tokens=80, json_schema=json.dumps({"type": "string", "pattern": UUID}))
+    with load(gguf_artifact) as engine:
+        *_, done = engine.generate([question("An id, please.")], sampling)
+    assert isinstance(done, Done)
+    assert re.fullmatch(UUID, json.loads(done.text))

@@ -145,6 +145,14 @@ def test_the_second_turn_reports_what_came_from_the_cache(client: Any) -> None:
     assert none.usage.prompt_tokens_details.cached_tokens == 0
 
 
+def test_fields_that_are_null_are_left_to_their_defaults() -> None:
+    """Clients with types send every field they know."""
+    names = ("max_tokens", "max_completion_tokens", "repetition_penalty", "repeat_penalty", "seed", "stop", "grammar")
+    with running(Engine(FakeBackend())) as server:
+        reply = post(server, messages=[{"role": "user", "content": "x"}], **dict.fromkeys(names))
+    assert reply.status_code == 200, reply.text
+
+
 def test_openai_client_lists_the_model(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["fake"]
     assert client.models.retrieve("fake").model_extra["input_modalities"] == ["text", "image"]
