@@ -12,7 +12,7 @@ from distill import access, processes
 from distill.data import Collator, Examples, batches
 from distill.generate import concludes
 from distill.objective import VARIANCE, Batch, Normaliser, Objective, bounded, gold_pass
-from vlm.score import bootstrap_interval
+from vlm.score import share_interval
 
 # terms that are divided by samples with an image; the others are by response tokens
 BY_IMAGE = ("iva", "concept", "traj")
@@ -26,7 +26,7 @@ def batch_size(trained_with: int) -> int:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of answers greedy decoding reproduces token for token, with a 95 % bootstrap interval."""
+    """Share of answers greedy decoding reproduces token for token, with a 95 % interval, see `vlm.score`."""
 
     exact_match: float
     n: int
@@ -68,7 +68,7 @@ def matches(model: nn.Module, batch: Batch) -> list[bool]:
 
 def accuracy(model: nn.Module, examples: Examples, n: int, collate: Collator, size: int = MOST) -> Accuracy:
     scores = [float(match) for match in greedy_matches(model, examples, n, collate, size)]
-    return Accuracy(sum(scores) / len(scores), len(scores), bootstrap_interval(scores))
+    return Accuracy(sum(scores) / len(scores), len(scores), share_interval(scores))
 
 
 @torch.no_grad()

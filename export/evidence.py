@@ -27,7 +27,7 @@ from vlm.errors import UserError
 from vlm.load import Checkpoint
 from vlm.manifest import Golden
 from vlm.preprocess import ImageSpec, pixels, resize
-from vlm.score import bootstrap_interval, exact_match
+from vlm.score import bootstrap_interval, exact_match, share_interval
 
 LIMIT = 24
 LONGEST = 64
@@ -270,7 +270,7 @@ def accuracy(
         "given": evidence.given,
         "n": len(equal),
         "tokens_equal": float(np.mean(equal)),
-        "tokens_equal_interval": bootstrap_interval(equal),
+        "tokens_equal_interval": share_interval(equal),
         "tokens_equal_or_tied": float(np.mean(tied)),
         "before": None,
         "after": None,
@@ -282,7 +282,7 @@ def accuracy(
         for when, answers in (("before", evidence.answers), ("after", got)):
             said = [tokenizer.decode(answer) for answer in answers]
             right = [float(any(exact_match(s, t) for t in ts)) for s, ts in zip(said, evidence.truths, strict=True)]
-            result[when], result[f"{when}_interval"] = float(np.mean(right)), bootstrap_interval(right)
+            result[when], result[f"{when}_interval"] = float(np.mean(right)), share_interval(right)
             hits[when] = right
         change = [b - a for a, b in zip(hits["before"], hits["after"], strict=True)]
         result["change"], result["change_interval"] = float(np.mean(change)), bootstrap_interval(change)

@@ -56,25 +56,43 @@ STATISTICS: dict[Statistic, Callable[[F64], F64]] = {"mean": _mean, "sum": _sum,
 
 
 def summary_interval(summary: Summary, level: float = 0.95, rounds: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of a benchmark's score: units are drawn anew within their stratum.
+    """Percentile bootstrap interval of a benchmark's score: units are drawn anew within their stratum; where all are right, or
+    all wrong, the exact bound as in `share_interval`.
 
     Raises:
         ValueError: no units.
     """
-    rng = np.random.default_rng(seed)
-    means_RSK = np.stack([_resampled(rows_NK, rounds, rng) for rows_NK in _strata(summary.units)], axis=1)
+    strata, rng = _strata(summary.units), np.random.default_rng(seed)
+    if summary.statistic == "mean" and (bound := _all_alike(np.concatenate(strata), level)):
+        return bound
+    means_RSK = np.stack([_resampled(rows_NK, rounds, rng) for rows_NK in strata], axis=1)
     low, high = np.quantile(STATISTICS[summary.statistic](means_RSK), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def share_interval(scores: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """`bootstrap_interval` for many samples of few different values, in time that does not grow with their number."""
+    """`bootstrap_interval` for many samples of few different values, in time that does not grow with their number.
+
+    Of right and wrong answers that are all one or the other, drawing anew says nothing: there the exact bound is given
+    (Clopper and Pearson 1934), e.g. 0.982 to 1 for 200 of 200.
+    """
     rows_N1 = np.asarray(scores, dtype=np.float64)[:, None]
     if rows_N1.size == 0:
         raise ValueError("no scores")
+    if bound := _all_alike(rows_N1, level):
+        return bound
     means_R1 = _resampled(rows_N1, 2000, np.random.default_rng(seed))
     low, high = np.quantile(means_R1[:, 0], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _all_alike(rows_NK: F64, level: float) -> tuple[float, float] | None:
+    """Clopper and Pearson's interval of N successes in N, or none in N; None for anything else."""
+    same = rows_NK[0, 0]
+    if same not in (0.0, 1.0) or (rows_NK != same).any():
+        return None
+    bound = float(((1 - level) / 2) ** (1 / len(rows_NK)))
+    return (bound, 1.0) if same else (0.0, 1 - bound)
 
 
 def _strata(units: Sequence[Unit]) -> list[F64]:

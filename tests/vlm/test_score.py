@@ -27,6 +27,16 @@ def test_counting_bootstrap_is_the_plain_bootstrap() -> None:
         assert summary_interval(_summary(values)) == pytest.approx(plain, abs=0.01)
 
 
+@pytest.mark.parametrize(("n", "bound"), [(10, 0.6915), (200, 0.9817), (1, 0.025)])
+def test_all_right_is_not_certainly_right(n: int, bound: float) -> None:
+    """Ten of ten leave room for a model that is wrong at three of ten; drawing the ten anew would not."""
+    for interval in (share_interval([1.0] * n), summary_interval(_summary([1.0] * n))):
+        assert interval == pytest.approx((bound, 1.0), abs=1e-4)
+    for interval in (share_interval([0.0] * n), summary_interval(_summary([0.0] * n))):
+        assert interval == pytest.approx((0.0, 1 - bound), abs=1e-4)
+    assert share_interval([0.5] * n) == (0.5, 0.5)
+
+
 def test_interval_covers_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     covered = 0
