@@ -21,6 +21,8 @@ MAX_REPEATS = 1000
 COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
 # what is not closed goes on to the end, so that every character is looked at once
 NO_BRACKET = re.compile(r'"(?:\\.|[^"\\])*(?:"|\\?\Z)|\[(?:\\.|[^\]\\])*(?:\]|\\?\Z)|#[^\n]*', re.DOTALL)
+# an escaped character, or a class, in which brackets are characters
+PIECE = re.compile(r"\\.|\[(?:\\.|[^\]\\])*(?:\]|\\?\Z)", re.DOTALL)
 REPEAT = re.compile(r"\{(\d{0,9})(?:,(\d{0,9}))?\}")
 
 
@@ -97,27 +99,22 @@ def _refuse_long(value: Any) -> None:
 
 
 def _repeats(pattern: str) -> int:
-    """How often the deepest part of a regular expression is written out: repeats of groups in each other multiply.
-
-    What it counts of brackets inside character classes is too much, never too little.
-    """
-    inside, most = [1], 1  # the largest count so far at each depth of groups
+    """How often the deepest part of a regular expression is written out: repeats of groups in each other multiply."""
+    inside = [1]  # the largest count so far in each open group; one that is closed counts in the group around it
     at = 0
     while at < len(pattern):
-        character = pattern[at]
-        at += 2 if character == "\\" else 1
-        closed = 1
-        if character == "(":
+        piece = PIECE.match(pattern, at)
+        at, closed = (piece.end() if piece else at + 1), 1
+        if piece is None and pattern[at - 1] == "(":
             inside.append(1)
             continue
-        if character == ")" and len(inside) > 1:
+        if piece is None and pattern[at - 1] == ")" and len(inside) > 1:
             closed = inside.pop()
         if found := REPEAT.match(pattern, at):
             closed *= max(int(found[1] or 1), int(found[2] or 1), 1)
             at = found.end()
         inside[-1] = max(inside[-1], closed)
-        most = max(most, *inside[-1:])
-    return max(most, *inside)
+    return max(inside)
 
 
 def _refuse_count(name: str, count: Any) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from distill import checkpoint, cli, report_data, steptime
@@ -77,7 +76,7 @@ def test_a_run_whose_data_changed_does_not_go_on(models: Path, tmp_path: Path, m
 def test_a_cache_is_completed_by_content(models: Path, tmp_path: Path) -> None:
     """A stream's description is its path: other rows under it are other samples."""
     rows = data_sets.WRITERS["messages parquet shards"](tmp_path / "a", data_sets.samples(8))
-    other = data_sets.WRITERS["messages parquet shards"](tmp_path / "b", data_sets.samples(16)[8:])
+    data_sets.WRITERS["messages parquet shards"](tmp_path / "b", data_sets.samples(16)[8:])
     config = tiny(
         models, tmp_path / "cache", data=rows, streaming=True, objective="kd", teacher=str(models / "teacher")
     )
@@ -92,7 +91,6 @@ def test_a_cache_is_completed_by_content(models: Path, tmp_path: Path) -> None:
     assert again.added > 0
     trained = dataclasses.replace(config, out=tmp_path / "run", teacher_cache=config.out, teacher=None)
     assert train(trained).student.is_dir()
-    assert other.parent.exists()
 
 
 def test_a_stage_after_the_first_may_be_cached(models: Path, tmp_path: Path) -> None:
@@ -277,7 +275,6 @@ def test_an_interrupted_command_says_one_thing(models: Path, tmp_path: Path) -> 
     assert done.returncode == 130
     assert "go on with" in done.stderr
     assert "run the same command again" not in done.stderr
-    assert torch.get_num_threads() >= 1
 
 
 def test_a_cut_report_is_measured_again(models: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from export.cli import main
-from export.parity import GATES
 from export.reference import _equal_lengths, greedy_batch
 from export.replay import make_prompt
 from tests.tiny import make_student
@@ -187,7 +186,6 @@ def test_pixels_do_not_come_back_with_bits(tmp_path: Path, monkeypatch: pytest.M
     assert made.parity["auto_precision"] == []
     assert made.precision["decoder"]["type"] == "fp16"
     assert "raised until the gates held" not in (tmp_path / "out" / "README.md").read_text()
-    assert GATES["onnx", "fp16"].pooled
 
 
 def test_long_prompts_go_in_small_batches(subjects: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,10 @@ UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
         (r"^\(a{3}\){5}$", 5),
         ("^(a|b{2}){3,4}(", 8),
         ("no repeats", 1),
+        # brackets in a class open and close nothing: counted, the guard could be talked down
+        ("((a{10}[)]){10}){10}", 1000),
+        ("([(]a{10}){10}[^](){2}", 100),
+        ("(((a{10}[)])[)]){10}[)]{3}){10}", 1000),
     ],
 )
 def test_repeats_multiply_in_each_other_only(pattern: str, times: int) -> None:
